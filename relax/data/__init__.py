@@ -1,0 +1,1 @@
+"""Corpora and batches: what a step trains on, as a pure function of its number."""

@@ -1,0 +1,1 @@
+"""The Llama as Haiku modules: the only room that imports haiku."""

@@ -1,0 +1,38 @@
+"""What all layers of one forward pass share, and what each has of its own."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int, Key
+
+from relax.ops.masks import AttentionMask
+
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+
+def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """Returns `x`: the constraint of a model on one device."""
+    del axes
+    return x
+
+
+class Context(NamedTuple):
+    """The same for every layer.
+
+    attention: name of the implementation. constrain: says how an activation with the
+    given logical axes is laid out over devices.
+    """
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    mask: AttentionMask
+    attention: str
+    constrain: Constrain
+
+
+class LayerInputs(NamedTuple):
+    """One layer's own inputs; stacked `[L, ...]` outside the layers."""
+
+    index: Int[Array, ""]
+    window: Int[Array, ""] | None = None
+    dropout_key: Key[Array, ""] | None = None

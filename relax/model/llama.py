@@ -1,0 +1,173 @@
+"""The Llama: embedding, layers, final norm."""
+
+import dataclasses
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from relax.model.block import RESIDUAL, Block
+from relax.model.cache import Cache
+from relax.model.config import LlamaConfig
+from relax.model.context import Constrain, Context, LayerInputs, unconstrained
+from relax.model.layers import Embed, RMSNorm, lookup
+from relax.ops.attention import resolve_implementation
+from relax.ops.dropout import dropout
+from relax.ops.masks import AttentionMask
+from relax.ops.rope import rope_tables
+
+
+class LlamaOutput(NamedTuple):
+    """What a forward pass returns.
+
+    hidden: the final norm's output, in the compute dtype. unembedding: the table whose
+    rows give the logits (`ops.logprobs`), padded rows included. cache: with the new
+    tokens' keys and values and the new lengths, or None.
+    """
+
+    hidden: Float[Array, "B T D"]
+    unembedding: Float[Array, "rows D"]
+    cache: Cache | None
+
+
+def make_llama(
+    config: LlamaConfig, constrain: Constrain = unconstrained
+) -> hk.Transformed:
+    """Returns the pair `init(key, tokens)`, `apply(params, tokens, ...)`.
+
+    `apply` takes what `Llama.__call__` takes.
+    """
+    platform = jax.default_backend()
+    attention = resolve_implementation(config.attention, platform, config.compute_dtype)
+
+    def forward(tokens, **inputs):
+        return Llama(config, attention, constrain, name="llama")(tokens, **inputs)
+
+    return hk.without_apply_rng(hk.transform(forward))
+
+
+@dataclasses.dataclass
+class Llama(hk.Module):
+    """A decoder of the Llama family (Touvron et al. 2023, arxiv.org/abs/2307.09288)."""
+
+    config: LlamaConfig
+    attention: str
+    constrain: Constrain
+    name: str | None = None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        key_valid: Bool[Array, "B T"] | None = None,
+        mask: Bool[Array, "B N T T"] | None = None,
+        cache: Cache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> LlamaOutput:
+        """Returns hidden states for right-padded rows of tokens.
+
+        positions: for RoPE; None counts from 0, from the cache's lengths, or from the
+            start of each segment.
+        segment_ids: packed documents; each sees itself alone.
+        key_valid: False where a token must be seen by none.
+        mask: a caller's own mask, combined with causality.
+        cache: what came before; the tokens go to the slots after it.
+        lengths: number of real tokens per row (the rest is padding); only the cache
+            needs it, since causality hides right padding anyway.
+        dropout_key: None in evaluation and generation, which turns dropout off.
+        """
+        attention_mask = AttentionMask(
+            query_slots=None if cache is None else _slots(tokens, cache.lengths),
+            key_valid=key_valid,
+            query_segments=segment_ids,
+            key_segments=segment_ids,
+            extra=mask,
+        )
+        if positions is None:
+            positions = _positions(tokens, cache, segment_ids)
+        config = self.config
+        cos, sin = rope_tables(
+            positions, config.head_width, config.rope_theta, config.rope_scaling
+        )
+        context = Context(cos, sin, attention_mask, self.attention, self.constrain)
+        table = self._embed("embed_tokens")()
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = lookup(table, tokens, config.compute_dtype)
+        x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
+        buffers = None if cache is None else (cache.keys, cache.values)
+        x, buffers = self._layers((x, buffers), keys[1], context)
+        hidden = RMSNorm(config.rms_norm_eps, config.param_dtype, name="norm")(x)
+        unembedding = table if config.tie_word_embeddings else self._embed("lm_head")()
+        return LlamaOutput(
+            hidden, unembedding, _advance(cache, buffers, tokens, lengths)
+        )
+
+    @hk.transparent
+    def _embed(self, name: str) -> Embed:
+        config = self.config
+        rows, width = config.padded_vocab_size, config.hidden_size
+        return Embed(
+            rows, width, config.initializer_range, config.param_dtype, name=name
+        )
+
+    @hk.transparent
+    def _layers(self, carry, key: Array | None, context: Context):
+        inputs = self._layer_inputs(key)
+
+        def block(carry, layer: LayerInputs):
+            return Block(self.config, name="block")(carry, layer, context)
+
+        if self.config.remat != "none":
+            block = hk.remat(block, policy=_POLICIES[self.config.remat])
+        if self.config.scan_layers:
+            stack = hk.experimental.layer_stack(
+                self.config.num_hidden_layers, with_per_layer_inputs=True, name="layers"
+            )
+            return stack(block)(carry, inputs)[0]
+        for index in range(self.config.num_hidden_layers):
+            layer = jax.tree.map(lambda x, i=index: x[i], inputs)
+            with hk.name_scope(f"layers_{index}"):
+                carry, _ = block(carry, layer._replace(index=index))
+        return carry
+
+    def _layer_inputs(self, key: Array | None) -> LayerInputs:
+        """Returns every layer's own inputs, stacked `[L, ...]`."""
+        config, L = self.config, self.config.num_hidden_layers
+        index = jnp.arange(L)
+        windows = None
+        if config.sliding_window is not None:
+            everything = jnp.iinfo(jnp.int32).max
+            inside = index >= config.max_window_layers
+            windows = jnp.where(inside, config.sliding_window, everything)
+        keys = None if key is None or not config.dropout else jax.random.split(key, L)
+        return LayerInputs(index, windows, keys)
+
+
+_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
+
+
+def _slots(tokens, lengths):
+    return lengths[:, None] + jnp.arange(tokens.shape[1])
+
+
+def _positions(tokens, cache, segment_ids):
+    """Returns each token's distance from the start of its row or its segment."""
+    if cache is not None:
+        return _slots(tokens, cache.lengths)
+    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        return slots
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
+
+
+def _advance(cache, buffers, tokens, lengths) -> Cache | None:
+    if cache is None:
+        return None
+    added = tokens.shape[1] if lengths is None else lengths
+    return Cache(*buffers, lengths=cache.lengths + added)

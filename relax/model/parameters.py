@@ -1,0 +1,66 @@
+"""Haiku parameter trees: paths, counts, scanned and unrolled layouts."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from relax.model.config import LlamaConfig
+from relax.model.llama import make_llama
+
+Params = dict[str, dict[str, jax.Array]]
+
+_STACKED = "llama/layers/"
+_LAYER = re.compile(r"llama/layers_(\d+)/")
+
+
+def parameter_shapes(config: LlamaConfig) -> Params:
+    """Returns the tree of `jax.ShapeDtypeStruct`s without computing anything."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(make_llama(config).init, jax.random.key(0), tokens)
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Returns the number of parameters, padded embedding rows left out."""
+    total = sum(leaf.size for _, leaf in flat_parameters(parameter_shapes(config)))
+    tables = 1 if config.tie_word_embeddings else 2
+    padding = config.padded_vocab_size - config.vocab_size
+    return total - tables * padding * config.hidden_size
+
+
+def flat_parameters(params: Mapping) -> Iterator[tuple[str, jax.Array]]:
+    """Yields `(module path/parameter name, leaf)` in a fixed order."""
+    for module in sorted(params):
+        for name in sorted(params[module]):
+            yield f"{module}/{name}", params[module][name]
+
+
+def stack_layers(params: Params) -> Params:
+    """Returns the scanned form of unrolled parameters: `[L, ...]` leaves."""
+    stacked, layers = {}, {}
+    for module, leaves in params.items():
+        match = _LAYER.match(module)
+        if match is None:
+            stacked[module] = leaves
+        else:
+            path = _STACKED + module[match.end() :]
+            layers.setdefault(path, {})[int(match[1])] = leaves
+    for path, by_layer in layers.items():
+        ordered = [by_layer[i] for i in sorted(by_layer)]
+        stacked[path] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
+    return stacked
+
+
+def unstack_layers(params: Params) -> Params:
+    """Returns the unrolled form of scanned parameters: one module path per layer."""
+    unrolled = {}
+    for module, leaves in params.items():
+        if not module.startswith(_STACKED):
+            unrolled[module] = leaves
+            continue
+        rest = module[len(_STACKED) :]
+        for index in range(len(next(iter(leaves.values())))):
+            layer = jax.tree.map(lambda x, i=index: x[i], leaves)
+            unrolled[f"llama/layers_{index}/{rest}"] = layer
+    return unrolled
