@@ -26,7 +26,7 @@ class AttentionMask(NamedTuple):
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     window: Int[Array, ""] | int | None = None
-    extra: Bool[Array, "B N T S"] | None = None
+    extra: Bool[Array, "#B #N T S"] | None = None
 
     def is_plainly_causal(self) -> bool:
         """Whether causality is the only condition."""
@@ -35,7 +35,7 @@ class AttentionMask(NamedTuple):
 
 def dense_mask(
     mask: AttentionMask, queries: range, keys: range
-) -> Bool[Array, "B N t s"]:
+) -> Bool[Array, "#B #N t s"]:
     """Returns the boolean block of `mask` for a range of queries and of key slots.
 
     The first two axes have length 1 where the block does not depend on them.

@@ -1,0 +1,91 @@
+"""Device, memory and compilation settings, applied before JAX initialises."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+PRECISIONS = ("default", "high", "highest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What must be known before the first JAX computation; None leaves JAX's own.
+
+    platform: one of PLATFORMS. preallocate, memory_fraction: of the accelerator's
+    memory. host_devices: how many devices to simulate on a CPU. xla_flags: added to
+    XLA_FLAGS. matmul_precision: of float32 products on accelerators. cache_dir: of
+    compiled programs, "" turns it off.
+    """
+
+    platform: str | None
+    preallocate: bool | None
+    memory_fraction: float | None
+    host_devices: int | None
+    xla_flags: str | None
+    matmul_precision: str | None
+    cache_dir: str | None
+
+    def __post_init__(self):
+        for name, value, choices in (
+            ("platform", self.platform, PLATFORMS),
+            ("matmul_precision", self.matmul_precision, PRECISIONS),
+        ):
+            if value is not None and value not in choices:
+                raise ValueError(
+                    f"runtime.{name}={value!r} is unknown; choose one of "
+                    f"{', '.join(choices)}, or null"
+                )
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ValueError(
+                f"runtime.memory_fraction={self.memory_fraction} must lie in (0, 1]"
+            )
+        if self.host_devices is not None and self.host_devices < 1:
+            raise ValueError(f"runtime.host_devices={self.host_devices} must be >= 1")
+
+
+_applied: list[RuntimeConfig] = []
+
+
+def configure(config: RuntimeConfig) -> None:
+    """Applies `config` to this process.
+
+    Raises ValueError where an earlier job of the same process (a sweep) applied another
+    one: JAX initialises once.
+    """
+    if _applied:
+        if _applied[0] != config:
+            raise ValueError(
+                f"runtime={config} differs from {_applied[0]}, with which this process "
+                "initialised JAX; run the jobs of this sweep one by one"
+            )
+        return
+    _applied.append(config)
+    flags = [os.environ.get("XLA_FLAGS", ""), config.xla_flags or ""]
+    if config.host_devices is not None:
+        flags.append(f"--xla_force_host_platform_device_count={config.host_devices}")
+    os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
+    if config.preallocate is not None:
+        value = str(config.preallocate).lower()
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = value
+    if config.memory_fraction is not None:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(config.memory_fraction)
+    if config.platform is not None:
+        name = {"gpu": "cuda"}.get(config.platform, config.platform)
+        jax.config.update("jax_platforms", name)
+    if config.matmul_precision is not None:
+        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    _configure_cache(config.cache_dir)
+
+
+def _configure_cache(cache_dir: str | None) -> None:
+    """Turns on the persistent compilation cache; None is the user's cache folder."""
+    if cache_dir == "":
+        return
+    import platformdirs
+
+    folder = cache_dir or Path(platformdirs.user_cache_dir("relax")) / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
