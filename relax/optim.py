@@ -96,7 +96,7 @@ def make_schedule(
         return after
     # Step 0 takes the first rung, not a rate of 0.
     warmup = optax.linear_schedule(
-        peak / config.warmup_steps, peak, config.warmup_steps - 1
+        peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1)
     )
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 

@@ -127,3 +127,27 @@ def _summed_grads(loss_fn, params, batch, key, accumulation):
 def make_eval_step(loss_fn: LossFn) -> Callable[[Any, Batch], Sums]:
     """Returns the jitted `(params, batch) -> sums`, with dropout off."""
     return jax.jit(lambda params, batch: loss_fn(params, batch, None)[1])
+
+
+def make_logprob_step(
+    apply: Callable,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    max_logits: int = 2**25,
+) -> Callable[[Any, Array, Array], Array]:
+    """Returns the jitted `(params, tokens, targets) -> logprobs`, all `[B, T]`."""
+
+    @jax.jit
+    def logprob_step(params, tokens, targets):
+        out = apply(params, tokens)
+        return token_stats(
+            out.hidden,
+            out.unembedding,
+            targets,
+            vocab_size,
+            temperature=temperature,
+            max_logits=max_logits,
+        ).logprobs
+
+    return logprob_step

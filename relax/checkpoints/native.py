@@ -11,9 +11,9 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a folder not yet compl
 logger = logging.getLogger(__name__)
 
 
-class RunCheckpoints:
+class RunCheckpoints(AbstractContextManager):
     """The checkpoints of one run folder: the best by val_loss and the last few.
 
     Use it in a `with` block: a program that ends while a checkpoint is being written
@@ -36,16 +36,13 @@ class RunCheckpoints:
 
     def __init__(
         self, run_folder: Path, *, keep_last: int = 1, read_only: bool = False
-    ):
+    ) -> None:
         self.folder = (Path(run_folder) / CHECKPOINTS).absolute()
         self._read_only = read_only
+        self._manager = _make_manager(self.folder, keep_last)
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-        self._manager = _make_manager(self.folder, keep_last)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         try:
@@ -76,9 +73,9 @@ class RunCheckpoints:
             )
         trees = _items(jax.tree.map(_unaliased, state)).items()
         items = {item: ocp.args.StandardSave(tree) for item, tree in trees}
-        items["info"] = ocp.args.JsonSave(info)
-        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        items["info"] = ocp.args.JsonSave(json.loads(json.dumps(info)))
         args = ocp.args.Composite(**items)
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
         self._manager.save(step, args=args, metrics=metrics, force=True)
         return self.folder / str(step)
 
@@ -88,7 +85,6 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # orbax passes on whatever its writer raised
             self._sweep()
-            self._manager.reload()
             raise OSError(f"writing {self.folder} failed: {_cause(error)}") from error
 
     def close(self) -> None:
@@ -118,12 +114,11 @@ class RunCheckpoints:
         "best" is the last one, and a warning, where no checkpoint has a val_loss.
         """
         steps = self.steps()
-        if name == "best" and (best := self.best_step()) is not None:
-            return best
-        if name == "best" and steps:
+        best = self.best_step() if name == "best" else None
+        if name == "best" and best is None and steps:
             logger.warning("no val_loss in %s: taking the last step", self.folder)
         if name in ("best", "last") and steps:
-            return steps[-1]
+            return steps[-1] if best is None else best
         if name.isdecimal() and int(name) in steps:
             return int(name)
         raise ValueError(f"{self.folder} holds no step {name!r}; it holds {steps}")
@@ -151,21 +146,19 @@ class RunCheckpoints:
         """Removes the checkpoints later than `step`, where the run is taken up."""
         assert not self._read_only, self.folder
         self.wait()
-        for later in reversed(self.steps()):
-            # Renamed first: a kill between two files leaves no half checkpoint in view.
-            if later > step:
-                (self.folder / str(later)).rename(self.folder / f"{later}{UNFINISHED}")
+        # Renamed first: a kill between two files leaves no half checkpoint in view.
+        for later in reversed([later for later in self.steps() if later > step]):
+            (self.folder / str(later)).rename(self.folder / f"{later}{UNFINISHED}")
         self._sweep()
-        self._manager.reload()
 
     def _restore(self, step: int, wanted: dict[str, PyTree], *, cast: bool) -> Any:
         import orbax.checkpoint as ocp
 
-        # Orbax finds a misfit while it reads, and its other reads complain on stderr.
         with self._reading(step) as folder:
             items = self._manager.item_metadata(step)
             stored = {item: items[item].tree for item in wanted}
         flat = [ocp.tree.to_flat_dict(tree, sep="/") for tree in (stored, wanted)]
+        # Orbax itself finds a misfit while it reads, and complains on stderr.
         if misfits := _misfits(*flat, cast=cast):
             raise ValueError(
                 f"checkpoint {folder} was saved with another configuration; use that "
@@ -183,13 +176,14 @@ class RunCheckpoints:
             yield folder
         except Exception as error:  # orbax raises plain Exception for a damaged array
             raise OSError(
-                f"checkpoint {folder} cannot be read: {_cause(error)}; if it is damaged, "
-                f"take another of {self.steps()}"
+                f"checkpoint {folder} cannot be read: {_cause(error)}; "
+                f"if it is damaged, take another of {self.steps()}"
             ) from error
 
     def _sweep(self) -> None:
         for folder in self.folder.glob(f"*{UNFINISHED}"):
             shutil.rmtree(folder, ignore_errors=True)
+        self._manager.reload()
 
 
 def resolve_run(reference: str, runs_folder: Path = Path("runs")) -> tuple[Path, str]:
@@ -202,35 +196,36 @@ def resolve_run(reference: str, runs_folder: Path = Path("runs")) -> tuple[Path,
     where there is no complete checkpoint, ValueError where it has no such step.
     """
     place, name = re.fullmatch(r"(.*?)(?:@(best|last|\d+))?", reference).groups()
-    run = _latest_run(runs_folder) if place == "latest" else Path(place)
-    if name is None and run and run.name.isdecimal() and run.parent.name == CHECKPOINTS:
-        run, name = run.parent, run.name
-    folder = run and (run if run.name == CHECKPOINTS else run / CHECKPOINTS)
-    steps = _steps_in(folder) if folder else []
+    folder = _newest(runs_folder) if place == "latest" else Path(place)
+    if not name and folder.name.isdecimal() and folder.parent.name == CHECKPOINTS:
+        folder, name = folder.parent, folder.name
+    folder = folder if folder.name == CHECKPOINTS else folder / CHECKPOINTS
+    steps = _steps_in(folder)
     if not steps:
         raise FileNotFoundError(
-            f"checkpoint={reference}: no complete checkpoint in "
-            f"{folder or f'any run under {runs_folder}'}; give latest or a run folder, "
-            "with @best, @last or @<step>, or train first: python train.py"
+            f"checkpoint={reference}: no complete checkpoint in {folder}; give latest "
+            "or a run folder (with @last, say), or train first: python train.py"
         )
     if name and name.isdecimal() and int(name) not in steps:
         raise ValueError(f"checkpoint={reference}: {folder} holds only {steps}")
     return folder.parent, name or "best"
 
 
-def _latest_run(runs_folder: Path) -> Path | None:
+def _newest(runs_folder: Path) -> Path:
+    """Returns the folder of the newest checkpoint, or the pattern none fits."""
     newest = {
-        folder.parent: max((folder / str(step)).stat().st_mtime_ns for step in steps)
+        folder: max((folder / str(step)).stat().st_mtime_ns for step in steps)
         for depth in ("*", "*/*", "*/*/*")
         for folder in runs_folder.glob(f"{depth}/{CHECKPOINTS}")
         if (steps := _steps_in(folder))
     }
-    return max(newest, key=lambda run: (newest[run], str(run)), default=None)
+    none = runs_folder / "**" / CHECKPOINTS
+    return max(newest, key=lambda path: (newest[path], str(path)), default=none)
 
 
 def _steps_in(folder: Path) -> list[int]:
     """Returns the complete steps: orbax renames a folder to its number when done."""
-    names = [params.parent.name for params in folder.glob("*/params")]
+    names = (params.parent.name for params in folder.glob("*/params"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
@@ -246,7 +241,6 @@ def _make_manager(folder: Path, keep_last: int) -> Any:
     options = ocp.CheckpointManagerOptions(
         create=False,
         best_fn=_val_loss,  # without it no metrics are stored
-        best_mode="min",
         preservation_policy=policies.AnyPreservationPolicy([best, last]),
         # So that an unwritable folder raises in save itself.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -272,10 +266,9 @@ def _items(state: PyTree) -> dict[str, PyTree]:
 
 
 def _unaliased(leaf: jax.Array) -> jax.Array:
-    """Returns a copy of an array that lives in host memory, any other as it is.
+    """Returns a copy of an array in host memory, any other as it is.
 
-    Orbax copies from an accelerator, but from host memory it writes in place, while
-    the training loop donates the array to its next step.
+    Orbax writes host memory out in place, while the next step is donated it.
     """
     device = next(iter(leaf.sharding.device_set))
     return jnp.copy(leaf) if device.platform == "cpu" else leaf

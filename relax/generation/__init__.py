@@ -1,1 +1,1 @@
-"""TODO"""
+"""Prefill, decoding and streaming, on the model that training runs."""

@@ -64,3 +64,17 @@ def unstack_layers(params: Params) -> Params:
             layer = jax.tree.map(lambda x, i=index: x[i], leaves)
             unrolled[f"llama/layers_{index}/{rest}"] = layer
     return unrolled
+
+
+def training_flops_per_token(config: LlamaConfig, context: int) -> float:
+    """Returns FLOPs of forward and backward per token, attention not halved.
+
+    6 per parameter of a matrix product and 12·L·N·H·T for attention (Chowdhery et al.
+    2022, PaLM, https://arxiv.org/abs/2204.02311, appendix B). The embedding counts as
+    the output layer alone.
+    """
+    weights = parameter_count(config)
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size
+    heads = config.num_attention_heads * config.head_width
+    return 6.0 * weights + 12.0 * config.num_hidden_layers * heads * context

@@ -76,7 +76,7 @@ def _xla(q, k, v, mask):
 
 
 def masked_softmax(scores: Array, visible: Array) -> Array:
-    """Returns the softmax over the visible last axis; zeros where nothing is visible."""
+    """Returns the softmax over what is visible of the last axis, or zeros."""
     scores = jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(scores - top), 0.0)
@@ -85,7 +85,7 @@ def masked_softmax(scores: Array, visible: Array) -> Array:
 
 
 def _cudnn(q, k, v, mask):
-    """cuDNN's flash attention through jax.nn; padded or packed rows pass a dense mask."""
+    """cuDNN's flash attention through jax.nn; masks but the causal one are dense."""
     causal = mask.query_slots is None
     plain = mask.is_plainly_causal()
     dense = None if plain else dense_mask(mask, range(q.shape[1]), range(k.shape[1]))

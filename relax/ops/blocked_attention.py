@@ -111,7 +111,7 @@ def _product(x, y, contract: tuple[int, int]):
 
 
 def _key_product(weights, x):
-    """Returns `[B, K, s, H]`: weights `[B, K, G, t, s]` transposed times `[..., t, H]`."""
+    """Returns `[B, K, s, H]`: weightsᵀ·x of `[B, K, G, t, s]` and `[B, K, G, t, H]`."""
     B, K, G, t, s = weights.shape
     rows = x.reshape(B, K, G * t, x.shape[-1])
     return jax.lax.dot_general(

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
-# `gelu` is the exact one (erf), as transformers names it; `gelu_tanh` its approximation.
+# As transformers names them: `gelu` is exact (erf), `gelu_tanh` approximates it.
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),

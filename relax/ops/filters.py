@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 def penalise_repetition(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """Divides positive logits of seen tokens by the penalty and multiplies negative ones.
+    """Divides seen tokens' positive logits by the penalty, multiplies negative ones.
 
     Once per distinct token, however often it was seen (Keskar et al. 2019,
     https://arxiv.org/abs/1909.05858, section 4.1).

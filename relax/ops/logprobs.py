@@ -110,15 +110,17 @@ def _probabilities(vocab_size, temperature, table, hidden):
 def _chunk_stats(vocab_size, temperature, table, hidden, targets):
     logits = compute_logits(hidden, table, vocab_size) / temperature
     top = jnp.max(logits, axis=-1)
-    weights = jnp.exp(logits - top[..., None])
+    # Differences from the largest logit keep the digits that its size would cost.
+    shifted = logits - top[..., None]
+    weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
-    logsumexp = top + jnp.log(total)
+    log_total = jnp.log(total)
     # Padded ids have logit -inf and weight 0: they must not make 0 x inf.
-    scaled = jnp.where(weights > 0.0, weights * logits, 0.0)
-    entropy = logsumexp - jnp.sum(scaled, axis=-1) / total
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    scaled = jnp.where(weights > 0.0, weights * shifted, 0.0)
+    entropy = log_total - jnp.sum(scaled, axis=-1) / total
+    chosen = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
     correct = jnp.argmax(logits, axis=-1) == targets
-    return chosen - logsumexp, logsumexp, entropy, correct
+    return chosen - log_total, top + log_total, entropy, correct
 
 
 def _d_logits(p, targets, d_stats):
@@ -132,7 +134,7 @@ def _d_logits(p, targets, d_stats):
 
 
 def _to_chunks(chunk, *arrays):
-    """Splits `[B, T, ...]` arrays into `[T / chunk, B, chunk, ...]`, T padded by zeros."""
+    """Splits `[B, T, ...]` into `[T / chunk, B, chunk, ...]`, T padded by zeros."""
     count = -(-arrays[0].shape[1] // chunk)
 
     def split(x):

@@ -35,7 +35,7 @@ def rotate(
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
 ) -> Float[Array, "B T heads H"]:
-    """Rotates the pairs (x[i], x[i + H/2]) by the angles whose cos and sin are given."""
+    """Rotates the pairs (x[i], x[i + H/2]) by angles given as cos and sin."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -60,7 +60,7 @@ def rope_tables(
 
 
 def _frequencies_at(positions, head_dim, theta, scaling):
-    """Returns `[H/2]` frequencies, or `[B, T, H/2]` where they depend on the position."""
+    """Returns `[H/2]` frequencies, or `[B, T, H/2]` where positions change them."""
     if scaling.kind != "dynamic":
         return jnp.asarray(frequencies(head_dim, theta, scaling))
     length = jnp.maximum(positions + 1, scaling.original_context).astype(jnp.float32)

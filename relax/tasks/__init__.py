@@ -1,1 +1,1 @@
-"""TODO"""
+"""What infer.py can do with a model."""

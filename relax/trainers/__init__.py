@@ -1,1 +1,1 @@
-"""TODO"""
+"""Trainers: one loop, and for each way of training a loss and its data."""

@@ -1,0 +1,29 @@
+"""What the two programs share: one clear line for each error, and exit codes."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from relax.trainers.loop import Stopped
+
+logger = logging.getLogger("relax")
+
+
+def exit_on_error(function: Callable[[], None]) -> None:
+    """Runs `function`; ends the process with a code where it can't go on.
+
+    A ValueError or an OSError is the user's to mend: its message is logged in one line
+    and the code is 1. A run that a signal stopped, its state saved, ends with 128 plus
+    the signal's number. Any other exception is ours, and is raised.
+    """
+    try:
+        function()
+    except Stopped as stopped:
+        logger.warning("%s", stopped)
+        sys.exit(stopped.exit_code)
+    except (ValueError, OSError) as error:
+        logger.error("%s", " ".join(str(error).split()))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        logger.warning("interrupted; the last checkpoint is kept")
+        sys.exit(130)

@@ -1,0 +1,37 @@
+"""What infer.py runs, from composed config to the task's result."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from relax.build import load
+from relax.config import to_dataclass
+from relax.runtime import RuntimeConfig, configure
+from relax.sampling import SamplingConfig
+from relax.sharding import MeshConfig
+from relax.tasks import generate
+
+TASKS = {"generate": (generate.GenerateConfig, generate)}
+
+
+def start(config: Mapping[str, Any]) -> None:
+    """Runs the configured task with the configured checkpoint.
+
+    Raises ValueError or OSError, in one line, where the config can't work.
+    """
+    kind = config["task"]["kind"]
+    if kind not in TASKS:
+        raise ValueError(
+            f"task.kind={kind!r} is unknown; choose one of {', '.join(TASKS)}"
+        )
+    config_class, task = TASKS[kind]
+    known = {"checkpoint", "task", "sampling", "mesh", "runtime"}
+    if unknown := sorted(set(config) - known):
+        raise ValueError(
+            f"{unknown[0]} is no key of the config; known: {', '.join(sorted(known))}"
+        )
+    task_config = to_dataclass(config_class, config["task"], "task")
+    sampling = to_dataclass(SamplingConfig, config["sampling"], "sampling")
+    mesh = to_dataclass(MeshConfig, config["mesh"], "mesh")
+    configure(to_dataclass(RuntimeConfig, config["runtime"], "runtime"))
+    task.check(task_config)
+    task.run(task_config, load(config["checkpoint"], mesh), sampling)

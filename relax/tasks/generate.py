@@ -1,0 +1,128 @@
+"""Completes prompts: one streamed to the terminal, or many into a file."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from relax.generation.generator import Completion
+from relax.language_model import LanguageModel
+from relax.sampling import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to complete and where to put it.
+
+    prompt: one text; prompts_file: one prompt per line, or `{"prompt": ...}` per line
+    of a .jsonl file; only one of them is given (neither: default_prompt). output_path:
+    a .jsonl file, one line per completion; null: the terminal. batch_size: rows that
+    run at a time.
+    """
+
+    kind: str
+    prompt: str | None
+    default_prompt: str
+    prompts_file: str | None
+    output_path: str | None
+    batch_size: int
+
+    def __post_init__(self):
+        if self.prompt is not None and self.prompts_file is not None:
+            raise ValueError(
+                f"task.prompt={self.prompt!r} and task.prompts_file="
+                f"{self.prompts_file} are both given; give one"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"task.batch_size={self.batch_size} must be at least 1")
+
+
+def check(config: GenerateConfig) -> None:
+    """Raises ValueError or OSError where prompts or output can't work."""
+    read_prompts(config)
+    if config.output_path is not None:
+        parent = Path(config.output_path).absolute().parent
+        if not parent.is_dir():
+            raise FileNotFoundError(
+                f"task.output_path={config.output_path}: {parent} is no folder; make it"
+            )
+
+
+def run(
+    config: GenerateConfig,
+    model: LanguageModel,
+    sampling: SamplingConfig,
+    terminal: TextIO = sys.stdout,
+) -> None:
+    """Completes every prompt; see GenerateConfig."""
+    prompts = read_prompts(config)
+    if config.output_path is not None:
+        completions = model.generate(prompts, sampling, config.batch_size)
+        _write(config.output_path, prompts, completions, sampling)
+    elif len(prompts) == 1 and sampling.num_return_sequences == 1:
+        terminal.write(prompts[0])
+        for piece in model.stream(prompts[0], sampling):
+            terminal.write(piece)
+            terminal.flush()
+        terminal.write("\n")
+    else:
+        completions = model.generate(prompts, sampling, config.batch_size)
+        for prompt, completion in _paired(prompts, completions, sampling):
+            terminal.write(f"{prompt}{completion.text}\n{'-' * 40}\n")
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """Returns the prompts; raises ValueError or OSError naming what is wrong."""
+    if config.prompts_file is None:
+        prompts = [config.default_prompt if config.prompt is None else config.prompt]
+    else:
+        path = Path(config.prompts_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"task.prompts_file={path} does not exist")
+        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        prompts = lines
+        if path.suffix == ".jsonl":
+            prompts = [_prompt_of(path, n, line) for n, line in enumerate(lines, 1)]
+    if not prompts or not all(prompts):
+        where = "prompts_file" if config.prompts_file else "prompt"
+        raise ValueError(
+            f"task.{where}={getattr(config, where)!r} holds no prompt, or an empty "
+            "one; give at least one character"
+        )
+    return prompts
+
+
+def _prompt_of(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"task.prompts_file={path}, line {number}: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(
+            f'task.prompts_file={path}, line {number}: no text under "prompt"'
+        )
+    return row["prompt"]
+
+
+def _paired(
+    prompts: list[str], completions: list[Completion], sampling: SamplingConfig
+) -> Iterator[tuple[str, Completion]]:
+    """Yields each completion with its prompt."""
+    for index, completion in enumerate(completions):
+        yield prompts[index // sampling.num_return_sequences], completion
+
+
+def _write(
+    path: str, prompts: list[str], completions: list[Completion], sampling
+) -> None:
+    """Writes one JSON line per completion, complete or not at all."""
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        for prompt, completion in _paired(prompts, completions, sampling):
+            row = asdict(completion)
+            row = {"prompt": prompt, "completion": row.pop("text"), **row}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(target)

@@ -1,0 +1,216 @@
+"""The loop over steps: dispatch, read metrics one dispatch late, evaluate, save."""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from relax.checkpoints.native import RunCheckpoints
+from relax.sharding import shard_batch
+from relax.steps import TrainState
+from relax.tracking.tracker import Tracker
+from relax.trainers.config import LoopConfig
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(ValueError):
+    """A loss, gradient or parameter became NaN or infinite."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its state was saved."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a trainer gives to the loop.
+
+    train_step: `(state, batches) -> (state, metrics)`, metrics `[steps]` each.
+    batch_at: step -> this process's rows. evaluate: params -> metrics with `val_loss`,
+    or None where there is nothing to evaluate on. sample: params -> samples. schedule:
+    step -> learning rate. cost: FLOPs per token, and the peak FLOP/s of all devices or
+    None.
+    """
+
+    train_step: Callable
+    batch_at: Callable[[int], Mapping[str, np.ndarray]]
+    evaluate: Callable[[Any], dict[str, float]] | None
+    sample: Callable[[Any], list[dict]] | None
+    schedule: Callable[[int], Any]
+    cost: tuple[float, float | None]
+
+
+class Loop:
+    """Runs a Task from a state to its last step."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        task: Task,
+        mesh: Mesh,
+        checkpoints: RunCheckpoints,
+        tracker: Tracker,
+        folder: Path,
+        info: dict,
+    ):
+        """`info` is what a checkpoint keeps beside its arrays."""
+        self._config = config
+        self._task = task
+        self._mesh = mesh
+        self._checkpoints = checkpoints
+        self._tracker = tracker
+        self._folder = folder
+        self._info = info
+        self._stop_signal: int | None = None
+        self._read_at = time.perf_counter()
+
+    def run(self, state: TrainState) -> TrainState:
+        """Returns the state after the last step.
+
+        Raises NonFiniteError, having saved nothing since; Stopped after a SIGINT or
+        SIGTERM, having saved the step it reached.
+        """
+        step = int(state.step)
+        pending = None
+        with self._signals():
+            self._read_at = time.perf_counter()
+            while step < self._config.num_steps:
+                self._profile(step)
+                count = self._steps_in_dispatch(step)
+                state, metrics = self._task.train_step(
+                    state, self._batches(step, count)
+                )
+                step += count
+                # Read the dispatch before this one while the device runs this one.
+                if pending is not None:
+                    self._report(*pending)
+                pending = (step, count, metrics)
+                if self._is_milestone(step):
+                    self._report(*pending)
+                    pending = None
+                    self._milestone(step, state)
+        self._checkpoints.wait()
+        return state
+
+    def _steps_in_dispatch(self, step: int) -> int:
+        return min(self._config.steps_per_dispatch, self._config.num_steps - step)
+
+    def _batches(self, step: int, count: int):
+        """Returns the next `count` batches, stacked and sharded."""
+        batches = [self._task.batch_at(step + index) for index in range(count)]
+        stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+        return shard_batch(self._mesh, stacked, leading=1)
+
+    def _report(self, step: int, count: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Reads a dispatch's metrics, checks them and logs each step."""
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._read_at = (now - self._read_at) / count, now
+        tokens = self._config.batch_size * self._config.context
+        flops_per_token, peak = self._task.cost
+        for index in range(count):
+            done = step - count + index + 1
+            row = {name: float(value[index]) for name, value in values.items()}
+            _check_finite(done, row, self._checkpoints)
+            row["learning_rate"] = float(self._task.schedule(done - 1))
+            row["tokens"] = done * tokens
+            row["step_time"] = seconds
+            row["tokens_per_second"] = tokens / seconds
+            if peak:
+                row["mfu"] = flops_per_token * tokens / seconds / peak
+            self._tracker.log_step(done, row)
+
+    def _is_milestone(self, step: int) -> bool:
+        config = self._config
+        return (
+            self._stop_signal is not None
+            or step >= config.num_steps
+            or _due(step, config.eval_every)
+            or _due(step, config.save_every)
+        )
+
+    def _milestone(self, step: int, state: TrainState) -> None:
+        """Evaluates and saves where that is due; ends the run on a signal."""
+        config = self._config
+        last = step >= config.num_steps
+        metrics = None
+        if self._task.evaluate and (last or _due(step, config.eval_every)):
+            metrics = self._task.evaluate(state.params)
+            self._tracker.log_evaluation(step, metrics)
+            if self._task.sample and config.sample_tokens:
+                self._tracker.log_samples(step, self._task.sample(state.params))
+        path = self._checkpoints.save(step, state, metrics, self._info)
+        self._tracker.log_checkpoint(step, path)
+        self._read_at = time.perf_counter()
+        if self._stop_signal is not None and not last:
+            self._checkpoints.wait()
+            name = signal.Signals(self._stop_signal).name
+            raise Stopped(
+                f"{name}: saved step {step}; go on with resume={self._folder}",
+                self._stop_signal,
+            )
+
+    @contextmanager
+    def _signals(self):
+        """Turns SIGINT and SIGTERM into requests; a second SIGINT interrupts."""
+
+        def request(number, frame):
+            if self._stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+            self._tracker.message("stopping after this step (Ctrl-C again: at once)")
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, request) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _profile(self, step: int) -> None:
+        """Starts or stops the profiler at the window's ends."""
+        start = self._config.profile_start
+        if start is None:
+            return
+        if start <= step < start + self._config.steps_per_dispatch:
+            jax.profiler.start_trace(self._folder / "profile")
+        stop = start + self._config.profile_steps
+        if stop <= step < stop + self._config.steps_per_dispatch:
+            jax.profiler.stop_trace()
+            where = self._folder / "profile"
+            self._tracker.message(f"profile of the steps from {start}: {where}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_finite(
+    step: int, row: dict[str, float], checkpoints: RunCheckpoints
+) -> None:
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        checkpoints.wait()
+        latest = checkpoints.latest_step()
+        kept = (
+            f"the checkpoint of step {latest} is kept" if latest else "none was saved"
+        )
+        raise NonFiniteError(
+            f"step {step}: {', '.join(bad)} not finite; {kept}. Lower "
+            "optimizer.learning_rate, or set optimizer.clip_norm"
+        )

@@ -1,0 +1,129 @@
+"""Pretraining: next-token prediction over a text."""
+
+import math
+from dataclasses import replace
+
+import jax
+
+from relax.data.corpora import Corpus, load_corpus
+from relax.data.windows import TrainingBatches, target_bytes, validation_batches
+from relax.generation.generator import Generator, Request
+from relax.model.llama import make_llama
+from relax.model.parameters import training_flops_per_token
+from relax.optim import make_optimizer, make_schedule
+from relax.sharding import batch_multiple, make_constrain, shard_batch
+from relax.steps import make_eval_step, make_language_model_loss, make_train_step
+from relax.tracking.flops import peak_flops
+from relax.trainers.config import Setup
+from relax.trainers.loop import Task
+
+
+def make_task(setup: Setup) -> Task:
+    """Returns what the loop needs to pretrain on the setup's corpus.
+
+    Raises ValueError where the context is longer than the model's or the data, or the
+    rows can't be dealt out to the mesh.
+    """
+    _check(setup)
+    trainer, model = setup.trainer, setup.model
+    apply = make_llama(model, make_constrain(setup.mesh)).apply
+    loss_fn = make_language_model_loss(
+        apply,
+        model.vocab_size,
+        z_loss_weight=trainer.z_loss,
+        max_logits=trainer.max_logits,
+    )
+    corpus = load_corpus(setup.data, setup.tokenizer)
+    batches = TrainingBatches(
+        corpus.train,
+        batch_size=trainer.batch_size,
+        context=trainer.context,
+        seed=setup.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return Task(
+        train_step=make_train_step(
+            loss_fn,
+            make_optimizer(setup.optimizer, trainer.num_steps),
+            seed=setup.seed,
+            accumulation=trainer.accumulation,
+        ),
+        batch_at=batches.__getitem__,
+        evaluate=_make_evaluate(setup, loss_fn, corpus),
+        sample=_make_sample(setup, apply),
+        schedule=make_schedule(setup.optimizer, trainer.num_steps),
+        cost=_cost(setup),
+    )
+
+
+def _check(setup: Setup) -> None:
+    context, limit = setup.trainer.context, setup.model.max_position_embeddings
+    if context > limit:
+        raise ValueError(
+            f"trainer.context={context} is longer than "
+            f"model.max_position_embeddings={limit}; lower the one or raise the other"
+        )
+    multiple = batch_multiple(setup.mesh)
+    trainer = setup.trainer
+    for name, rows in (
+        (
+            "batch_size / trainer.accumulation",
+            trainer.batch_size // trainer.accumulation,
+        ),
+        ("eval_batch_size", trainer.eval_batch_size),
+    ):
+        if rows % multiple:
+            raise ValueError(
+                f"trainer.{name}={rows} must be a multiple of mesh.data x mesh.fsdp = "
+                f"{multiple}"
+            )
+
+
+def _make_evaluate(setup: Setup, loss_fn, corpus: Corpus):
+    """Returns params -> loss over the whole validation split, or None without one."""
+    if len(corpus.validation) < 2:
+        return None
+    eval_step = make_eval_step(loss_fn)
+    num_bytes = target_bytes(corpus.validation, setup.tokenizer)
+    trainer = setup.trainer
+
+    def evaluate(params) -> dict[str, float]:
+        total = {"loss": 0.0, "weight": 0.0, "accuracy": 0.0}
+        for batch in validation_batches(
+            corpus.validation,
+            batch_size=trainer.eval_batch_size,
+            context=trainer.context,
+        ):
+            sums = jax.device_get(eval_step(params, shard_batch(setup.mesh, batch)))
+            total = {name: value + float(sums[name]) for name, value in total.items()}
+        return {
+            "val_loss": total["loss"] / total["weight"],
+            "val_bits_per_byte": total["loss"] / math.log(2) / num_bytes,
+            "val_accuracy": total["accuracy"] / total["weight"],
+        }
+
+    return evaluate
+
+
+def _make_sample(setup: Setup, apply):
+    """Returns params -> what the model makes of the trainer's sample prompt."""
+    tokenizer, prompt = setup.tokenizer, setup.trainer.sample_prompt
+    generator = Generator(apply, setup.model, tokenizer, (), batch_multiple(setup.mesh))
+    first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    request = Request((*first, *tokenizer.encode(prompt)), 0, 0)
+    sampling = replace(setup.sampling, max_new_tokens=setup.trainer.sample_tokens or 1)
+
+    def sample(params) -> list[dict]:
+        completion = generator.run(params, [request], sampling)[0]
+        return [{"prompt": prompt, "completion": completion.text}]
+
+    return sample
+
+
+def _cost(setup: Setup) -> tuple[float, float | None]:
+    """Returns FLOPs per token, and the mesh's peak FLOP/s where it is known."""
+    flops = training_flops_per_token(setup.model, setup.trainer.context)
+    device = setup.mesh.devices.flat[0]
+    peak = peak_flops(device.device_kind, setup.model.compute_dtype)
+    return flops, peak and peak * setup.mesh.size

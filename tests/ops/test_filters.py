@@ -1,0 +1,152 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relax.ops.filters import (
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+)
+
+
+def row(*values):
+    return jnp.asarray([values], jnp.float32)
+
+
+def log_row(*probabilities):
+    return jnp.log(row(*probabilities))
+
+
+def kept(logits):
+    return [np.flatnonzero(np.isfinite(r)).tolist() for r in np.asarray(logits)]
+
+
+def number(value, count=1):
+    return jnp.full(count, value)
+
+
+@jax.jit
+def filtered(logits, seen, temperature, top_k, top_p, min_p, penalty):
+    logits = penalise_repetition(logits, seen, penalty)
+    logits = keep_top_k(logits / temperature[:, None], top_k)
+    return keep_min_p(keep_top_p(logits, top_p), min_p)
+
+
+def test_filters_equal_those_of_transformers(oracle_dir):
+    cases = json.loads((oracle_dir / "hf_logits_processors.json").read_text())["cases"]
+    assert len(cases) == 19
+    off = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
+    for case in cases:
+        logits = jnp.asarray(case["scores"], jnp.float32)
+        seen = np.zeros(logits.shape, bool)
+        for i, ids in enumerate(case["input_ids"] or []):
+            seen[i, ids] = True
+        options = [
+            number(value if case[name] is None else case[name], len(logits))
+            for name, value in off.items()
+        ]
+        actual = filtered(logits, jnp.asarray(seen), *options)
+        assert kept(actual) == case["kept"], case
+        # The peer's float32 softmax sums in another order.
+        np.testing.assert_allclose(jax.nn.softmax(actual), case["probs"], 0, 3e-7)
+
+
+def test_repetition_penalty_by_hand():
+    # Seen and positive, seen and negative, seen and zero, not seen.
+    seen = jnp.array([[True, True, True, False, False]])
+    actual = penalise_repetition(row(3.0, -3.0, 0.0, 3.0, -3.0), seen, number(1.5))
+    np.testing.assert_array_equal(actual, [[2.0, -4.5, 0.0, 3.0, -3.0]])
+
+
+@pytest.mark.parametrize(
+    ("k", "expected"),
+    [
+        (1, [3]),
+        (2, [1, 3, 4]),  # 1 and 4 tie for the second place
+        (3, [1, 3, 4]),
+        (4, [0, 1, 3, 4]),
+        (0, [0, 1, 2, 3, 4]),
+        (5, [0, 1, 2, 3, 4]),
+        (99, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_top_k_by_hand(k, expected):
+    actual = keep_top_k(row(0.5, 2.0, -1.0, 3.0, 2.0), number(k))
+    assert kept(actual) == [expected]
+    np.testing.assert_array_equal(
+        actual[0, jnp.asarray(expected)],
+        jnp.asarray([0.5, 2.0, -1.0, 3.0, 2.0])[jnp.asarray(expected)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("p", "expected"),
+    [
+        (0.0, [2]),  # the most likely one is always kept
+        (0.49, [2]),
+        (0.51, [2, 0]),  # 0.5 is less than p: the token that crosses it is kept
+        (0.74, [2, 0]),
+        (0.76, [2, 0, 3]),
+        (0.99, [2, 0, 3, 1]),
+        (1.0, [2, 0, 3, 1]),
+    ],
+)
+def test_top_p_by_hand(p, expected):
+    actual = keep_top_p(log_row(0.25, 0.1, 0.5, 0.15), number(p))
+    assert kept(actual) == [sorted(expected)]
+
+
+def test_top_p_of_equal_tokens_keeps_as_many_as_are_needed():
+    # Quarters and 0.625 are exact: two have mass 0.5, which is less, three 0.75.
+    assert len(kept(keep_top_p(row(7.0, 7.0, 7.0, 7.0), number(0.625)))[0]) == 3
+
+
+def test_top_p_of_1_keeps_tokens_whose_mass_vanishes_in_a_running_sum():
+    logits = row(0.0, -40.0, -80.0, -104.0)
+    np.testing.assert_array_equal(keep_top_p(logits, number(1.0)), logits)
+
+
+def test_min_p_by_hand():
+    logits = log_row(0.4, 0.09, 0.3, 0.21)  # ratios 1, 0.225, 0.75, 0.525
+    for p, expected in [
+        (0.0, [0, 1, 2, 3]),
+        (0.2, [0, 1, 2, 3]),
+        (0.25, [0, 2, 3]),
+        (0.6, [0, 2]),
+        (1.0, [0]),
+    ]:
+        assert kept(keep_min_p(logits, number(p))) == [expected]
+
+
+def test_what_an_earlier_filter_removed_stays_removed():
+    logits = row(1.0, -jnp.inf, 0.5, -jnp.inf)
+    for actual in (
+        keep_top_k(logits, number(0)),
+        keep_top_k(logits, number(3)),
+        keep_top_p(logits, number(1.0)),
+        keep_min_p(logits, number(0.0)),
+        penalise_repetition(logits, jnp.full((1, 4), True), number(1.0)),
+    ):
+        np.testing.assert_array_equal(actual, logits)
+
+
+def test_each_row_has_its_own_parameters():
+    logits = jnp.tile(log_row(0.25, 0.1, 0.5, 0.15), (3, 1))
+    assert kept(keep_top_k(logits, jnp.array([1, 0, 2]))) == [[2], [0, 1, 2, 3], [0, 2]]
+    top_p = keep_top_p(logits, jnp.array([0.1, 1.0, 0.6]))
+    assert kept(top_p) == [[2], [0, 1, 2, 3], [0, 2]]
+    min_p = keep_min_p(logits, jnp.array([0.9, 0.0, 0.4]))
+    assert kept(min_p) == [[2], [0, 1, 2, 3], [0, 2]]
+    seen = jnp.full(logits.shape, True)
+    penalised = penalise_repetition(logits, seen, jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(penalised, logits * np.array([[1.0], [2.0], [3.0]]))
