@@ -10,3 +10,9 @@ Words: `tokens` are ids; `logprobs` are log-probabilities of chosen tokens in na
 `positions` feed RoPE; `segment_ids` separate packed documents; `loss_mask` weighs
 targets; `cache` holds keys and values; `key` is a PRNG key.
 """
+
+from relax.build import load
+from relax.language_model import LanguageModel
+from relax.sampling import SamplingConfig
+
+__all__ = ["LanguageModel", "SamplingConfig", "load"]

@@ -24,7 +24,10 @@ def start(config: Mapping[str, Any]) -> None:
             f"task.kind={kind!r} is unknown; choose one of {', '.join(TASKS)}"
         )
     config_class, task = TASKS[kind]
-    known = {"checkpoint", "task", "sampling", "mesh", "runtime"}
+    known = {
+        *("checkpoint", "prompt", "prompts_file", "output_path"),
+        *("task", "sampling", "mesh", "runtime"),
+    }
     if unknown := sorted(set(config) - known):
         raise ValueError(
             f"{unknown[0]} is no key of the config; known: {', '.join(sorted(known))}"

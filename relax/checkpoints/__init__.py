@@ -1,1 +1,1 @@
-"""TODO"""
+"""Checkpoints on disk: our own, and the released ones of others."""

@@ -100,7 +100,9 @@ class Llama(hk.Module):
         x = lookup(table, tokens, config.compute_dtype)
         x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
         buffers = None if cache is None else (cache.keys, cache.values)
-        x, buffers = self._layers((x, buffers), keys[1], context)
+        slots = tokens.shape[1] if cache is None else cache.capacity
+        inputs = self._layer_inputs(keys[1], slots)
+        x, buffers = self._layers((x, buffers), inputs, context)
         hidden = RMSNorm(config.rms_norm_eps, config.param_dtype, name="norm")(x)
         unembedding = table if config.tie_word_embeddings else self._embed("lm_head")()
         return LlamaOutput(
@@ -116,9 +118,7 @@ class Llama(hk.Module):
         )
 
     @hk.transparent
-    def _layers(self, carry, key: Array | None, context: Context):
-        inputs = self._layer_inputs(key)
-
+    def _layers(self, carry, inputs: LayerInputs, context: Context):
         def block(carry, layer: LayerInputs):
             return Block(self.config, name="block")(carry, layer, context)
 
@@ -135,12 +135,12 @@ class Llama(hk.Module):
                 carry, _ = block(carry, layer._replace(index=index))
         return carry
 
-    def _layer_inputs(self, key: Array | None) -> LayerInputs:
-        """Returns every layer's own inputs, stacked `[L, ...]`."""
+    def _layer_inputs(self, key: Array | None, slots: int) -> LayerInputs:
+        """Returns every layer's own inputs, stacked `[L, ...]`; `slots` is S."""
         config, L = self.config, self.config.num_hidden_layers
         index = jnp.arange(L)
         windows = None
-        if config.sliding_window is not None:
+        if config.sliding_window is not None and config.sliding_window < slots:
             everything = jnp.iinfo(jnp.int32).max
             inside = index >= config.max_window_layers
             windows = jnp.where(inside, config.sliding_window, everything)

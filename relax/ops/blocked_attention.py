@@ -35,7 +35,7 @@ def _forward(q, k, v, mask):
     for queries, keys in _blocks(q.shape[3], k.shape[2], mask):
         scores, visible = _scores(_queries(q, queries), _keys(k, keys), mask, queries)
         top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = _where(visible, jnp.exp(scores - top))
+        weights = _weights(scores - top, visible, mask)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total = jnp.where(total > 0.0, total, 1.0)
         out = _product(weights.astype(v.dtype), _keys(v, keys), contract=(3, 2))
@@ -55,7 +55,7 @@ def _backward(residuals, d_out):
         q_block, k_block, v_block = _queries(q, queries), _keys(k, keys), _keys(v, keys)
         d_block = _queries(d_out, queries)
         scores, visible = _scores(q_block, k_block, mask, queries)
-        pattern = _where(visible, jnp.exp(scores - logsumexp))
+        pattern = _weights(scores - logsumexp, visible, mask)
         d_pattern = _product(d_block, v_block, contract=(3, 3))
         d_scores = pattern * (d_pattern - _queries(inner, queries))
         d_scores = (d_scores / math.sqrt(q.shape[-1])).astype(q.dtype)
@@ -134,5 +134,10 @@ def _add_to(total, keys: range, part):
     return total.at[:, :, keys.start : keys.stop].add(part)
 
 
-def _where(visible, weights):
-    return jnp.where(visible, weights, 0.0)
+def _weights(exponents, visible, mask: AttentionMask):
+    """Returns exp of the exponents, 0 for keys that are not visible.
+
+    Where a query sees a key at all, the lowest float already gives exp 0 for the rest.
+    """
+    weights = jnp.exp(exponents)
+    return weights if mask.never_blind() else jnp.where(visible, weights, 0.0)

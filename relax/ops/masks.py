@@ -32,6 +32,10 @@ class AttentionMask(NamedTuple):
         """Whether causality is the only condition."""
         return all(field is None for field in self)
 
+    def never_blind(self) -> bool:
+        """Whether every query surely sees a key, namely its own."""
+        return self.key_valid is None and self.extra is None
+
 
 def dense_mask(
     mask: AttentionMask, queries: range, keys: range

@@ -1,0 +1,165 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relax.model.cache import empty_cache, read, write
+
+RNG = np.random.default_rng(0)
+LENGTHS, STEPS, CAPACITY = np.array([5, 2, 4]), 4, 11
+B, T = 3, max(LENGTHS)
+TOKENS = RNG.integers(0, 67, (B, T + STEPS))
+# Hidden states of about 1, after three layers of float32 sums in another order.
+TOLERANCE = 1e-5
+
+MODELS = {
+    "default": {},
+    "window": {"sliding_window": 3, "num_key_value_heads": 1},
+    "window of upper layers": {
+        "sliding_window": 3,
+        "max_window_layers": 1,
+        "scan_layers": False,
+    },
+    "linear": {"rope_type": "linear", "num_key_value_heads": 6},
+    "dynamic": {"rope_type": "dynamic"},
+    "llama3": {"rope_type": "llama3", "num_key_value_heads": 3},
+    "yarn": {"rope_type": "yarn", "qk_norm": True, "qkv_bias": True},
+}
+
+
+@pytest.fixture
+def build(small_model):
+    """The named model; stretched frequencies start from a context that rows outgrow."""
+    stretch = {"rope_factor": 4.0, "rope_original_max_position_embeddings": 4}
+    return lambda name: small_model(**stretch, **MODELS[name])
+
+
+def full_forward(model):
+    """Returns the hidden states of the rows that decoding arrives at."""
+    return np.asarray(model.forward(model.params, TOKENS).hidden)
+
+
+def decoding_errors(model, step_positions=None):
+    """Returns the largest error of prefill and of each step against a full forward.
+
+    Rows are prefilled together at their own lengths, and the slots after a short row
+    hold what its padding left there until its own tokens arrive.
+    """
+    expected = full_forward(model)
+    lengths = jnp.asarray(LENGTHS)
+    prompts = np.where(np.arange(T) < LENGTHS[:, None], TOKENS[:, :T], 66)
+    cache = empty_cache(model.config, B, CAPACITY)
+    out = model.forward(model.params, prompts, cache=cache, lengths=lengths)
+    real = np.arange(T) < LENGTHS[:, None]
+    errors = [np.abs(np.asarray(out.hidden) - expected[:, :T])[real].max()]
+    for step in range(STEPS):
+        slots = LENGTHS + step
+        np.testing.assert_array_equal(out.cache.lengths, slots)
+        inputs = {} if step_positions is None else {"positions": step_positions(slots)}
+        tokens = TOKENS[np.arange(B), slots][:, None]
+        out = model.forward(model.params, tokens, cache=out.cache, **inputs)
+        errors.append(
+            np.abs(np.asarray(out.hidden[:, 0]) - expected[np.arange(B), slots]).max()
+        )
+    return errors
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_token_by_token_equals_a_full_forward(build, name):
+    assert max(decoding_errors(build(name))) < TOLERANCE
+
+
+def test_the_check_catches_a_shifted_position(build):
+    def shifted(slots):
+        return jnp.asarray(slots[:, None] + 1)
+
+    prefill, *steps = decoding_errors(build("default"), shifted)
+    assert prefill < TOLERANCE
+    assert min(steps) > 100 * TOLERANCE
+
+
+def test_the_check_catches_keys_of_another_row(build):
+    model = build("default")
+    expected = full_forward(model)
+    cache = empty_cache(model.config, B, CAPACITY)
+    cache = model.forward(model.params, TOKENS[:, :T], cache=cache).cache
+    swapped = cache._replace(keys=cache.keys[:, ::-1])
+    out = model.forward(model.params, TOKENS[:, T : T + 1], cache=swapped)
+    error = np.abs(np.asarray(out.hidden[:, 0]) - expected[:, T])
+    assert error[0].max() > 100 * TOLERANCE and error[1].max() < TOLERANCE
+
+
+def test_a_prompt_may_arrive_in_ragged_pieces(build):
+    model = build("dynamic")
+    expected = full_forward(model)
+    cache = empty_cache(model.config, B, CAPACITY)
+    done = np.zeros(B, int)
+    for added in ([3, 0, 2], [1, 3, 3], [2, 3, 0]):
+        take = np.minimum(done[:, None] + np.arange(3), TOKENS.shape[1] - 1)
+        tokens = np.take_along_axis(TOKENS, take, axis=1)
+        out = model.forward(
+            model.params, tokens, cache=cache, lengths=jnp.asarray(added)
+        )
+        for row, count in enumerate(added):
+            actual = out.hidden[row, :count]
+            wanted = expected[row, done[row] : done[row] + count]
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=TOLERANCE)
+        cache, done = out.cache, done + added
+    np.testing.assert_array_equal(cache.lengths, [6, 6, 5])
+
+
+def test_the_room_left_in_a_cache_changes_nothing(build):
+    model = build("default")
+    tokens = TOKENS[:, :T]
+    hidden = [
+        model.forward(
+            model.params, tokens, cache=empty_cache(model.config, B, capacity)
+        ).hidden
+        for capacity in (T, CAPACITY)
+    ]
+    np.testing.assert_allclose(hidden[0], hidden[1], rtol=0, atol=TOLERANCE)
+
+
+@functools.cache
+def buffer():
+    """Returns numbered slots `[L, B, S, K, H]` = `[2, 3, 5, 1, 2]`."""
+    return jnp.arange(60.0).reshape(2, 3, 5, 1, 2)
+
+
+def test_write_fills_each_rows_own_slots_of_one_layer():
+    update = -jnp.arange(1.0, 13.0).reshape(3, 2, 1, 2)
+    slots = jnp.array([[0, 1], [3, 4], [2, 3]])
+    actual = write(buffer(), 1, slots, update)
+    expected = np.array(buffer())
+    expected[1, 0, 0:2], expected[1, 1, 3:5] = update[0], update[1]
+    expected[1, 2, 2:4] = update[2]
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_write_drops_what_lies_beyond_the_capacity():
+    update = -jnp.ones((3, 2, 1, 2))
+    slots = jnp.array([[4, 5], [5, 6], [100, 0]])
+    actual = write(buffer(), 0, slots, update)
+    expected = np.array(buffer())
+    expected[0, 0, 4] = expected[0, 2, 0] = -1.0
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_write_takes_a_traced_layer_and_keeps_the_dtype_of_the_buffer():
+    half = buffer().astype(jnp.bfloat16)
+    update = jnp.full((3, 1, 1, 2), 1.0 + 2**-9)
+    slots = jnp.zeros((3, 1), jnp.int32)
+    actual = jax.jit(write)(half, jnp.int32(1), slots, update)
+    assert actual.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read(actual, 1)[:, 0].astype(jnp.float32), 1.0)
+    np.testing.assert_array_equal(read(actual, 0), half[0])
+
+
+def test_an_empty_cache_has_the_shape_and_dtype_of_its_model(make_config):
+    cache = empty_cache(make_config(compute_dtype="bfloat16"), 5, 13)
+    assert cache.keys.shape == cache.values.shape == (3, 5, 13, 2, 10)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.capacity == 13
+    np.testing.assert_array_equal(cache.lengths, [0] * 5)
