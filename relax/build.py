@@ -1,5 +1,6 @@
 """From dataclasses to the things they describe: models, parameters, trained models."""
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from relax.sharding import (
 )
 from relax.steps import init_state
 from relax.text.tokenizers import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -72,6 +75,7 @@ def load(path: str | Path, mesh: MeshConfig | None = None) -> LanguageModel:
     folder, name = resolve_run(str(path))
     with RunCheckpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.step_named(name)
+        logger.info("checkpoint: step %d (%s) of %s", step, name, folder)
         config = to_dataclass(LlamaConfig, checkpoints.info(step)["model"], "model")
         devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
         shapes = parameter_shapes(config)

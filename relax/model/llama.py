@@ -125,7 +125,7 @@ class Llama(hk.Module):
         if self.config.remat != "none":
             block = hk.remat(block, policy=_POLICIES[self.config.remat])
         if self.config.scan_layers:
-            stack = hk.experimental.layer_stack(
+            stack = hk.layer_stack(
                 self.config.num_hidden_layers, with_per_layer_inputs=True, name="layers"
             )
             return stack(block)(carry, inputs)[0]

@@ -85,13 +85,14 @@ def masked_softmax(scores: Array, visible: Array) -> Array:
 
 
 def _cudnn(q, k, v, mask):
-    """cuDNN's flash attention through jax.nn; masks but the causal one are dense."""
-    causal = mask.query_slots is None
-    plain = mask.is_plainly_causal()
-    dense = None if plain else dense_mask(mask, range(q.shape[1]), range(k.shape[1]))
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=dense, is_causal=causal and plain, implementation="cudnn"
-    )
+    """cuDNN's flash attention for plainly causal rows, `blocked` for all others.
+
+    cuDNN takes other masks only as a dense array over all scores, which is what a
+    flash kernel is there to avoid.
+    """
+    if not mask.is_plainly_causal():
+        return blocked_attention(q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 IMPLEMENTATIONS = {"xla": _xla, "blocked": blocked_attention, "cudnn": _cudnn}
