@@ -2,6 +2,7 @@
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from relax import training
 from relax.cli import exit_on_error
@@ -14,9 +15,10 @@ def main(config) -> None:
     if config.resume is None:
         exit_on_error(lambda: training.start(to_values(config)))
         return
-    given = HydraConfig.get().overrides.task
-    overrides = [text for text in given if not text.startswith("resume=")]
-    exit_on_error(lambda: training.resume(config.resume, overrides))
+    given = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
+    changes = {change.get_key_element(): change.value() for change in given}
+    del changes["resume"]
+    exit_on_error(lambda: training.resume(config.resume, changes))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ def exit_on_error(function: Callable[[], None]) -> None:
     """Runs `function`; ends the process with a code where it can't go on.
 
     A ValueError or an OSError is the user's to mend: its message is logged in one line
-    and the code is 1. A run that a signal stopped, its state saved, ends with 128 plus
-    the signal's number. Any other exception is ours, and is raised.
+    (hydra.verbose=relax shows where it came from) and the code is 1. A run that a
+    signal stopped, its state saved, ends with 128 plus the signal's number. Any other
+    exception is ours, and is raised.
     """
     try:
         function()
@@ -23,6 +24,7 @@ def exit_on_error(function: Callable[[], None]) -> None:
         sys.exit(stopped.exit_code)
     except (ValueError, OSError) as error:
         logger.error("%s", " ".join(str(error).split()))
+        logger.debug("raised here:", exc_info=True)
         sys.exit(1)
     except KeyboardInterrupt:
         logger.warning("interrupted; the last checkpoint is kept")

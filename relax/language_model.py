@@ -9,7 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from relax.generation.generator import Completion, Generator, Request
+from relax.generation.generator import (
+    Completion,
+    Generator,
+    Request,
+    check_tokens,
+)
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
 from relax.model.parameters import Params
@@ -17,7 +22,6 @@ from relax.ops.logprobs import compute_logits
 from relax.sampling import SamplingConfig
 from relax.sharding import batch_multiple, make_constrain
 from relax.steps import make_logprob_step
-from relax.text.detokenizer import StopStrings, StreamingDetokenizer
 from relax.text.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -90,9 +94,12 @@ class LanguageModel:
     def score(self, texts: Sequence[Prompt], batch_size: int = 16) -> list[Score]:
         """Returns token ids and their logprobs for each text (or list of ids).
 
-        Raises ValueError for an empty text and for one longer than the context.
+        Raises ValueError for an empty text, for one longer than the context and for
+        ids that the model does not have.
         """
         rows = [self._encode(text) for text in texts]
+        for index, row in enumerate(rows):
+            check_tokens(f"text {index}", row, self.config)
         scores = []
         for start in range(0, len(rows), batch_size):
             scores += self._score_batch(rows[start : start + batch_size])
@@ -107,7 +114,8 @@ class LanguageModel:
         """Returns `num_return_sequences` completions per prompt, prompt by prompt.
 
         At most `batch_size` rows run at a time, which changes no completion. Raises
-        ValueError for an empty prompt and for one that fills the context.
+        ValueError for an empty prompt, for one that fills the context and for ids that
+        the model does not have.
         """
         sampling = sampling or SamplingConfig()
         requests = [
@@ -115,6 +123,8 @@ class LanguageModel:
             for index, prompt in enumerate(prompts)
             for sample in range(sampling.num_return_sequences)
         ]
+        for request in requests:
+            self._generator.check(request)
         completions = []
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
@@ -135,22 +145,12 @@ class LanguageModel:
         )
         request = Request(tuple(self._encode(prompt)), 0, 0)
         completion, sent = Completion(), 0
-        detokenizer = StreamingDetokenizer(self.tokenizer)
-        stops = StopStrings(sampling.stop_strings)
         for _ in self._generator.run_in_chunks(
             self.params, [request], sampling, [completion]
         ):
-            text = detokenizer.add(completion.token_ids[sent:])
-            sent = len(completion.token_ids)
-            piece, stopped = stops.add(text)
-            if piece:
+            if piece := completion.text[sent:]:
                 yield piece
-            if stopped:
-                return
-        piece, stopped = stops.add(detokenizer.flush())
-        piece += "" if stopped else stops.flush()
-        if piece:
-            yield piece
+            sent += len(piece)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Returns ids: those given, or the text's after the tokenizer's first token."""
@@ -160,13 +160,6 @@ class LanguageModel:
         return first + self.tokenizer.encode(prompt)
 
     def _score_batch(self, rows: list[list[int]]) -> list[Score]:
-        limit = self.config.max_position_embeddings
-        for row in rows:
-            if not 1 <= len(row) <= limit:
-                raise ValueError(
-                    f"a text of {len(row)} tokens can't be scored; give 1 to "
-                    f"model.max_position_embeddings={limit}"
-                )
         padded = [*rows, *[rows[0]] * (-len(rows) % self._multiple)]
         # Power-of-two widths: few shapes are compiled.
         width = 1 << (max(map(len, rows)) - 1).bit_length()

@@ -17,8 +17,10 @@ class OptimizerConfig:
     `learning_rate` is the peak, reached after `warmup_steps`; the schedule falls to
     `final_fraction` of it. `decay_fraction` is the share of steps in which
     warm-up-stable-decay (`wsd`) decays, linearly. Muon moves the layers' matrices at
-    `learning_rate`, and all else goes to AdamW at `adam_learning_rate`. `clip_norm`
-    bounds the global norm of the gradients; null: no bound.
+    `learning_rate`, and all else goes to Adam, with Nesterov's momentum too, at
+    `adam_learning_rate`. `weight_decay` acts on matrices alone, embedding and head
+    among them but with Muon. `clip_norm` bounds the global norm of the gradients;
+    null: no bound.
     """
 
     kind: str
@@ -49,21 +51,20 @@ class OptimizerConfig:
                 f"optimizer.adam_learning_rate, not {self.momentum} and "
                 f"{self.adam_learning_rate}"
             )
-        if self.learning_rate <= 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"optimizer.learning_rate={self.learning_rate} must be above 0, "
-                f"optimizer.warmup_steps={self.warmup_steps} and "
-                f"optimizer.weight_decay={self.weight_decay} at least 0"
-            )
+        for name in ("learning_rate", "adam_learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"optimizer.{name}={value} must be above 0")
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} must be at least 0"
+                )
         for name in ("decay_fraction", "final_fraction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(
                     f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]"
                 )
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(
-                f"optimizer.clip_norm={self.clip_norm} must be above 0, or null"
-            )
 
 
 def make_schedule(
@@ -71,7 +72,7 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns step -> learning rate over `num_steps`, for `peak` (the config's own).
 
-    Raises ValueError where warm-up and decay don't fit into `num_steps`.
+    Raises ValueError where warm-up leaves none of `num_steps`.
     """
     peak = config.learning_rate if peak is None else peak
     steps = num_steps - config.warmup_steps

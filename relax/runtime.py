@@ -58,7 +58,7 @@ def configure(config: RuntimeConfig) -> None:
     """Applies `config` to this process.
 
     Raises ValueError where an earlier job of the same process (a sweep) applied another
-    one: JAX initialises once.
+    one, since JAX initialises once, and where the platform asked for is not there.
     """
     if _applied:
         if _applied[0] != config:
@@ -85,6 +85,8 @@ def configure(config: RuntimeConfig) -> None:
     _configure_cache(config.cache_dir)
     if config.keep_freed_memory:
         _keep_freed_memory()
+    if config.platform is not None:
+        _require_platform(config.platform)
 
 
 def _configure_cache(cache_dir: str | None) -> None:
@@ -109,3 +111,15 @@ def _keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**28)
+
+
+def _require_platform(platform: str) -> None:
+    """Initialises JAX; raises ValueError where it finds no such device."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an empty assertion: no plug-in
+        reason = str(error) or f"no plug-in for {platform} is installed"
+        raise ValueError(
+            f"runtime.platform={platform} can't be used: {reason}; null takes what "
+            "there is"
+        ) from error

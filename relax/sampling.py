@@ -1,5 +1,6 @@
 """From logits to the next token."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,10 +36,18 @@ class SamplingConfig:
     tokens_per_dispatch: int = 64
 
     def __post_init__(self):
+        if isinstance(self.stop_strings, str):
+            raise ValueError(
+                f"sampling.stop_strings={self.stop_strings!r} must be a list of strings"
+            )
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         for name, ok, bound in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            (
+                "temperature",
+                0 <= self.temperature < math.inf,
+                "in [0, inf), 0 is greedy",
+            ),
             ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", 0 <= self.top_p <= 1, "in [0, 1] (1 is off)"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
@@ -113,13 +122,14 @@ def choose_tokens(
     params: SamplingParams,
     filters: Filters,
     seen: Bool[Array, "B V"] | None,
+    num_ids: int,
 ) -> Choice:
-    """Returns each row's next token, drawn with (row key, position).
+    """Returns each row's next token below `num_ids`, drawn with (row key, position).
 
     Order: repetition penalty, temperature, top-k, top-p, min-p. `seen` marks the tokens
     of the prompt and the completion so far (None without a repetition penalty).
     """
-    shaped = logits
+    shaped = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
     if filters.repetition_penalty:
         shaped = penalise_repetition(shaped, seen, params.repetition_penalty)
     greedy = jnp.argmax(shaped, axis=-1)

@@ -40,12 +40,31 @@ TRAINERS = {"pretrain": (PretrainConfig, pretrain.make_task)}
 CONFIG_FILE = "config.yaml"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The values outside the groups.
+
+    seed: of parameters, order of data, dropout and samples. resume: the run to go on
+    with, None for a new one. run_folder: a new run's.
+    """
+
+    name: str
+    seed: int
+    resume: str | None
+    run_folder: str
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2^32)")
+        if not Path(self.run_folder).name:
+            raise ValueError(f"run_folder={self.run_folder!r} names no new folder")
+
+
 @dataclass(frozen=True)
 class TrainingConfigs:
     """The typed form of a composed training config."""
 
-    name: str
-    seed: int
+    run: RunConfig
     model: LlamaConfig
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -71,69 +90,82 @@ _GROUPS = {
 
 def typed(config: Mapping[str, Any]) -> TrainingConfigs:
     """Returns the composed config as dataclasses; raises ValueError naming the path."""
-    kind = config["trainer"]["kind"]
+    for name in ("trainer", *_GROUPS):
+        if not isinstance(config.get(name), Mapping):
+            raise ValueError(f"{name} is missing; choose a file of conf/{name}")
+    kind = config["trainer"].get("kind")
     if kind not in TRAINERS:
         raise ValueError(
             f"trainer.kind={kind!r} is unknown; choose one of {', '.join(TRAINERS)}"
         )
+    classes = {**_GROUPS, "trainer": TRAINERS[kind][0]}
+    values = {name: value for name, value in config.items() if name not in classes}
     groups = {
-        name: to_dataclass(cls, config[name], name) for name, cls in _GROUPS.items()
+        name: to_dataclass(group, config[name], name) for name, group in classes.items()
     }
-    trainer = to_dataclass(TRAINERS[kind][0], config["trainer"], "trainer")
-    known = {*_GROUPS, "trainer", "name", "seed", "run_folder", "resume"}
-    if unknown := sorted(set(config) - known):
-        raise ValueError(
-            f"{unknown[0]} is no key of the config; known: {', '.join(sorted(known))}"
-        )
-    seed = config["seed"]
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r} must be a whole number in [0, 2^32)")
-    return TrainingConfigs(
-        name=str(config["name"]), seed=seed, trainer=trainer, **groups
-    )
+    return TrainingConfigs(run=to_dataclass(RunConfig, values, ""), **groups)
 
 
-def start(config) -> None:
-    """Trains as the composed config says: a new run, or on from `resume`.
+def start(config: Mapping[str, Any]) -> None:
+    """Trains a new run as the composed config says.
 
     Raises ValueError or OSError, in one line, before anything expensive where the
     config can't work; and what `Loop.run` raises.
     """
     configs = typed(config)
     configure(configs.runtime)
-    folder = make_run_folder(Path(config["run_folder"]))
+    folder = make_run_folder(Path(configs.run.run_folder))
     try:
         _write_provenance(config, folder)
         setup = _setup(configs, make_tokenizer(configs.tokenizer))
         setup.tokenizer.save(folder / TOKENIZER_FOLDER)
         task = TRAINERS[configs.trainer.kind][1](setup)
-    except Exception:
+        optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
+        state = init_train_state(setup.model, optimizer, setup.mesh, setup.seed)
+    except BaseException:
         shutil.rmtree(folder)  # nothing but what was just written
         raise
-    optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
-    state = init_train_state(setup.model, optimizer, setup.mesh, configs.seed)
     _train(configs, config, setup, task, folder, state)
 
 
-def resume(reference: str, overrides: list[str]) -> None:
+def resume(reference: str, changes: Mapping[str, Any]) -> None:
     """Goes on with a run from its last checkpoint, exactly where it was.
 
-    `reference` is a run folder or `latest`; `overrides` are dotted values that replace
-    the run's own. Raises FileNotFoundError where there is no checkpoint.
+    `reference` is a run folder or `latest`, and may name a step; `changes` replace the
+    run's own values, by dotted path. Raises FileNotFoundError where there is no
+    checkpoint, and ValueError, the run left as it was, where it can't go on.
     """
-    folder, name = resolve_run(reference)
-    config = override(load_config(folder / CONFIG_FILE), overrides)
+    folder, name = resolve_run(reference, option="resume")
+    if "run_folder" in changes:
+        raise ValueError(
+            f"run_folder={changes['run_folder']}: a resumed run goes on in its own "
+            f"folder, {folder}; resume a copy of it to keep the original"
+        )
+    if fixed := [path for path in changes if path.startswith("tokenizer.")]:
+        raise ValueError(
+            f"{fixed[0]}={changes[fixed[0]]}: a resumed run keeps its tokenizer; start "
+            "a new run for another"
+        )
+    config = override(load_config(folder / CONFIG_FILE), changes)
     configs = typed(config)
     configure(configs.runtime)
     setup = _setup(configs, load_tokenizer(folder / TOKENIZER_FOLDER))
     task = TRAINERS[configs.trainer.kind][1](setup)
     optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
     with RunCheckpoints(folder, keep_last=configs.trainer.keep_last) as checkpoints:
-        step = checkpoints.step_named(name if name.isdecimal() else "last")
-        checkpoints.delete_after(step)
+        # The best step is what `resolve_run` says where the reference names none.
+        named = name != "best" or reference.endswith("@best")
+        step = checkpoints.step_named(name if named else "last")
+        if step >= configs.trainer.num_steps:
+            raise ValueError(
+                f"{folder} is at step {step}, trainer.num_steps="
+                f"{configs.trainer.num_steps}: nothing is left; raise "
+                "trainer.num_steps to go on"
+            )
         abstract = abstract_train_state(setup.model, optimizer, setup.mesh)
         state = checkpoints.restore(step, abstract)
-    if overrides:
+        checkpoints.delete_after(step)
+    if changes:
         save_config(config, folder / CONFIG_FILE)
     _train(configs, config, setup, task, folder, state)
 
@@ -147,21 +179,16 @@ def _setup(configs: TrainingConfigs, tokenizer) -> Setup:
         data=configs.data,
         tokenizer=tokenizer,
         mesh=make_mesh(configs.mesh),
-        seed=configs.seed,
+        seed=configs.run.seed,
     )
 
 
 def _train(configs, config, setup: Setup, task, folder: Path, state) -> None:
     step, total = int(state.step), configs.trainer.num_steps
-    if step >= total:
-        raise ValueError(
-            f"{folder} is at step {step}, trainer.num_steps={total}: nothing is left; "
-            "raise trainer.num_steps to go on"
-        )
     with (
         RunCheckpoints(folder, keep_last=configs.trainer.keep_last) as checkpoints,
         Tracker(
-            folder, config, configs.logger, configs.name, total, start_step=step
+            folder, config, configs.logger, configs.run.name, total, start_step=step
         ) as tracker,
     ):
         tracker.message(

@@ -4,14 +4,13 @@ import importlib
 import inspect
 import os
 import pkgutil
+import sys
 from pathlib import Path
 
 import haiku as hk
 import pytest
 from jaxtyping import install_import_hook
 from typeguard import check_type
-
-import relax.ops
 
 # Turns a JAX transform inside a Haiku one, which leaks tracers, into a readable error.
 hk.config.set(check_jax_usage=True)
@@ -35,10 +34,12 @@ def check_annotations(function):
     return checked
 
 
-# The hook wants an expression, and no test module can be imported by name.
+# The hook wants an expression, and no test module can be imported by name. It comes
+# before the first import of relax, which imports most of relax.ops.
 with install_import_hook("relax.ops", f"sys.modules[{__name__!r}].check_annotations"):
-    for module in pkgutil.iter_modules(relax.ops.__path__, "relax.ops."):
-        importlib.import_module(module.name)
+    assert "relax.ops" not in sys.modules
+    for module in pkgutil.iter_modules(importlib.import_module("relax.ops").__path__):
+        importlib.import_module(f"relax.ops.{module.name}")
 
 
 def _folder(variable: str) -> Path:

@@ -4,11 +4,11 @@ import importlib
 import multiprocessing
 import os
 import resource
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,7 @@ def take_turns(
 def speed_ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Returns how many times faster than `theirs` ours is: median (least to most)."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    middle = statistics.median(ratios)
-    return f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def peak_memory(module: str, config: dict[str, Any], steps: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from common import make_batch
+
 from relax.config import to_dataclass
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
@@ -76,7 +76,9 @@ class TrainStep:
         """Returns copies of the weights, as transformers names and lays them out."""
         named = {}
         for module, leaves in unstack_layers(self._state.params).items():
-            name = module.replace("llama/", "model.").replace("model.lm_head", "lm_head")
+            name = module.replace("llama/", "model.").replace(
+                "model.lm_head", "lm_head"
+            )
             name = name.replace("layers_", "layers.").replace("/block/", ".")
             weight = np.array(leaves["weight"])
             if name.endswith("_proj"):

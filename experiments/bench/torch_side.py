@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import make_batch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from common import make_batch
 
 SHARED = (
     "vocab_size",

@@ -5,7 +5,6 @@ same weights and tokens in one process, in turns. Prints ratios: the figures of 
 compare, those of two runs need not.
 """
 
-import statistics
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from common import (
     MEBIBYTE,
     load,
     make_batch,
+    median,
     peak_memory,
     speed_ratio,
     take_turns,
@@ -76,7 +76,7 @@ def report(config, seconds, peaks) -> None:
         f"{config['steps']} steps in turns"
     )
     for name, times in seconds.items():
-        middle = statistics.median(times)
+        middle = median(times)
         print(
             f"{name:22}{rows * width / middle:9,.0f} tokens/s{middle * 1e3:9.1f} ms/step"
         )

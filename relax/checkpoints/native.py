@@ -186,14 +186,17 @@ class RunCheckpoints(AbstractContextManager):
         self._manager.reload()
 
 
-def resolve_run(reference: str, runs_folder: Path = Path("runs")) -> tuple[Path, str]:
+def resolve_run(
+    reference: str, runs_folder: Path = Path("runs"), option: str = "checkpoint"
+) -> tuple[Path, str]:
     """Returns the run folder and the name of the step that a reference stands for.
 
     A reference is `latest` (the run under `runs_folder`, at most three folders deep,
     with the newest checkpoint), a run folder, its checkpoints folder or one step's
     folder; `@best`, `@last` or `@<step>` may follow. The step's name is one for
     `RunCheckpoints.step_named`, "best" where none is given. Raises FileNotFoundError
-    where there is no complete checkpoint, ValueError where it has no such step.
+    where there is no complete checkpoint, ValueError where it has no such step; both
+    name the `option` that gave the reference.
     """
     place, name = re.fullmatch(r"(.*?)(?:@(best|last|\d+))?", reference).groups()
     folder = _newest(runs_folder) if place == "latest" else Path(place)
@@ -203,11 +206,11 @@ def resolve_run(reference: str, runs_folder: Path = Path("runs")) -> tuple[Path,
     steps = _steps_in(folder)
     if not steps:
         raise FileNotFoundError(
-            f"checkpoint={reference}: no complete checkpoint in {folder}; give latest "
+            f"{option}={reference}: no complete checkpoint in {folder}; give latest "
             "or a run folder (with @last, say), or train first: python train.py"
         )
     if name and name.isdecimal() and int(name) not in steps:
-        raise ValueError(f"checkpoint={reference}: {folder} holds only {steps}")
+        raise ValueError(f"{option}={reference}: {folder} holds only {steps}")
     return folder.parent, name or "best"
 
 

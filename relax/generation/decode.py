@@ -54,15 +54,18 @@ PAD = -1
 
 
 def make_steps(
-    apply: Callable, config: LlamaConfig, stop_ids: tuple[int, ...]
+    apply: Callable, config: LlamaConfig, stop_ids: tuple[int, ...], num_ids: int
 ) -> Steps:
-    """Returns prefill and decode for `apply`, which is what training differentiates."""
+    """Returns prefill and decode for `apply`, which is what training differentiates.
+
+    Only ids below `num_ids` are chosen: a model may have more than its tokenizer.
+    """
 
     def choose(out_hidden, table, state, rows, filters):
         logits = compute_logits(out_hidden, table, config.vocab_size)
         positions = state.cache.lengths
         choice = choose_tokens(
-            logits, rows.keys, positions, rows.params, filters, state.seen
+            logits, rows.keys, positions, rows.params, filters, state.seen, num_ids
         )
         return _record(state, choice, rows, stop_ids)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +10,10 @@ import numpy as np
 from relax.generation.decode import PAD, DecodeState, Rows, make_steps
 from relax.model.config import LlamaConfig
 from relax.sampling import Choice, SamplingConfig, row_key, sampling_params
+from relax.text.detokenizer import StopStrings, StreamingDetokenizer
+from relax.text.tokenizers import Tokenizer
 
 BUCKET = 64
-
-
-class Tokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`, special tokens left out."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +29,11 @@ class Request:
 class Completion:
     """What one row gave.
 
-    token_ids: the end-of-text token included where it came. logprobs: of these tokens
-    under the full softmax at temperature 1. sampled_logprobs: under the distribution
-    drawn from. finish_reason: "stop" (end of text or a stop string) or "length".
+    text: what the tokens add to the prompt's, up to the first stop string. token_ids:
+    the end of text included where it came, and the token that completed a stop string.
+    logprobs: of these tokens under the full softmax at temperature 1. sampled_logprobs:
+    under the distribution drawn from. finish_reason: "stop" (end of text or a stop
+    string) or "length".
     """
 
     text: str = ""
@@ -63,7 +59,13 @@ class Generator:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._batch_multiple = batch_multiple
-        self._steps = make_steps(apply, config, stop_ids)
+        num_ids = min(config.vocab_size, tokenizer.vocab_size)
+        self._steps = make_steps(apply, config, stop_ids, num_ids)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where the prompt can't be completed."""
+        name = f"prompt {request.input_index}"
+        check_tokens(name, request.prompt, self._config, room=1)
 
     def run(
         self, params, requests: Sequence[Request], sampling: SamplingConfig
@@ -88,6 +90,10 @@ class Generator:
         """
         batch = self._batch(requests, sampling)
         filters = batch.filters
+        texts = [
+            _Text(self._tokenizer, request.prompt, sampling.stop_strings)
+            for request in requests
+        ]
         state, choice = self._steps.prefill(
             params,
             batch.tokens,
@@ -98,7 +104,7 @@ class Generator:
             filters=filters,
         )
         while True:
-            running = self._extend(completions, choice, sampling, state)
+            running = self._extend(completions, texts, choice, sampling, state)
             yield
             if not running.any():
                 break
@@ -110,14 +116,12 @@ class Generator:
                 chunk=sampling.tokens_per_dispatch,
                 filters=filters,
             )
-        for completion in completions:
-            completion.text = self._text(completion.token_ids, sampling.stop_strings)
 
     def _batch(self, requests: Sequence[Request], sampling: SamplingConfig) -> "_Batch":
         limit = self._config.max_position_embeddings
         lengths = [len(request.prompt) for request in requests]
         for request in requests:
-            _check_prompt(request.prompt, limit, self._config.vocab_size)
+            self.check(request)
         # Rows that fill up the batch repeat the first, and are allowed no token.
         extra = -len(requests) % self._batch_multiple
         padded = [*requests, *[requests[0]] * extra]
@@ -142,55 +146,64 @@ class Generator:
     def _extend(
         self,
         completions: list[Completion],
+        texts: list["_Text"],
         choice: Choice,
         sampling: SamplingConfig,
         state: DecodeState,
     ) -> np.ndarray:
         """Appends a dispatch's tokens; returns which rows go on `[B]`."""
-        tokens, logprobs, sampled, remaining = jax.device_get(
-            (*choice, state.remaining)
-        )
+        choice, remaining = jax.device_get((choice, state.remaining))
         running = remaining > 0
-        for row, completion in enumerate(completions):
-            count = int(np.sum(tokens[row] != PAD))
-            if not count:
+        for row, (completion, text) in enumerate(zip(completions, texts, strict=True)):
+            made = choice.tokens[row] != PAD
+            if not made.any():
                 continue
-            before = len(completion.token_ids)
-            completion.token_ids += tokens[row, :count].tolist()
-            completion.logprobs += logprobs[row, :count].tolist()
-            completion.sampled_logprobs += sampled[row, :count].tolist()
-            if self._has_stopped(completion, before, sampling):
+            columns = [column[row][made].tolist() for column in choice]
+            stopped = _append(completion, text, *columns)
+            ended = completion.token_ids[-1] in self._stop_ids
+            if stopped or (ended and not sampling.ignore_eos):
                 completion.finish_reason = "stop"
                 running[row] = False
+            if not running[row]:
+                completion.text += text.flush()
         return running
 
-    def _has_stopped(
-        self, completion: Completion, before: int, sampling: SamplingConfig
-    ) -> bool:
-        """Returns whether the end of text or a stop string came after `before` tokens.
 
-        The tokens after the one that completed a stop string are cut, so that the size
-        of a dispatch changes nothing.
-        """
-        ids = completion.token_ids
-        if sampling.stop_strings:
-            for end in range(before + 1, len(ids) + 1):
-                text = self._tokenizer.decode(ids[:end])
-                if any(stop in text for stop in sampling.stop_strings):
-                    for values in (
-                        ids,
-                        completion.logprobs,
-                        completion.sampled_logprobs,
-                    ):
-                        del values[end:]
-                    return True
-        return ids[-1] in self._stop_ids and not sampling.ignore_eos
+def _append(completion: Completion, text: "_Text", tokens, logprobs, sampled) -> bool:
+    """Appends tokens up to one that completes a stop string; returns whether one did.
 
-    def _text(self, ids: Sequence[int], stops: tuple[str, ...]) -> str:
-        """Returns the text of a completion up to its first stop string."""
-        text = self._tokenizer.decode(ids)
-        found = [text.find(stop) for stop in stops if stop in text]
-        return text[: min(found)] if found else text
+    Those after it are left out, so that the size of a dispatch changes nothing.
+    """
+    for token, logprob, sampled_logprob in zip(tokens, logprobs, sampled, strict=True):
+        completion.token_ids.append(token)
+        completion.logprobs.append(logprob)
+        completion.sampled_logprobs.append(sampled_logprob)
+        piece, stopped = text.add(token)
+        completion.text += piece
+        if stopped:
+            return True
+    return False
+
+
+class _Text:
+    """What a row's tokens add to the text of its prompt, up to a stop string."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str]
+    ):
+        self._detokenizer = StreamingDetokenizer(tokenizer)
+        # Sentencepiece drops a space at the start of a text: here the prompt's.
+        self._detokenizer.add(prompt)
+        self._stops = StopStrings(stop_strings)
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Returns the text that has become final, and whether a stop string came."""
+        return self._stops.add(self._detokenizer.add([token]))
+
+    def flush(self) -> str:
+        """Returns the text held back, where nothing more will come."""
+        piece, stopped = self._stops.add(self._detokenizer.flush())
+        return piece if stopped else piece + self._stops.flush()
 
 
 @dataclass(frozen=True)
@@ -208,17 +221,18 @@ def _bucket(length: int) -> int:
     return max(BUCKET, 1 << (length - 1).bit_length())
 
 
-def _check_prompt(prompt: Sequence[int], limit: int, vocab_size: int) -> None:
-    """Raises ValueError where a prompt is empty, too long, or holds an unknown id."""
-    if not prompt:
-        raise ValueError("prompt is empty; give at least one token")
-    if len(prompt) >= limit:
+def check_tokens(
+    name: str, tokens: Sequence[int], config: LlamaConfig, room: int = 0
+) -> None:
+    """Raises ValueError for tokens that the model can't take, `room` more to come."""
+    limit = config.max_position_embeddings - room
+    if not 1 <= len(tokens) <= limit:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens leaves no room in "
-            f"model.max_position_embeddings={limit}; shorten it"
+            f"{name} has {len(tokens)} tokens; give 1 to {limit} "
+            f"(model.max_position_embeddings={config.max_position_embeddings})"
         )
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+    if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
         raise ValueError(
-            f"prompt holds ids from {min(prompt)} to {max(prompt)}, outside the "
-            f"vocabulary of {vocab_size}"
+            f"{name} holds ids from {min(tokens)} to {max(tokens)}; give ids below "
+            f"model.vocab_size={config.vocab_size}"
         )

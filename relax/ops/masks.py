@@ -34,7 +34,8 @@ class AttentionMask(NamedTuple):
 
     def never_blind(self) -> bool:
         """Whether every query surely sees a key, namely its own."""
-        return self.key_valid is None and self.extra is None
+        conditions = (self.query_slots, self.key_valid, self.extra)
+        return all(field is None for field in conditions)
 
 
 def dense_mask(

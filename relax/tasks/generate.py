@@ -43,6 +43,10 @@ def check(config: GenerateConfig) -> None:
     """Raises ValueError or OSError where prompts or output can't work."""
     read_prompts(config)
     if config.output_path is not None:
+        if Path(config.output_path).is_dir():
+            raise IsADirectoryError(
+                f"task.output_path={config.output_path} is a folder; name a file in it"
+            )
         parent = Path(config.output_path).absolute().parent
         if not parent.is_dir():
             raise FileNotFoundError(
@@ -81,10 +85,10 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         path = Path(config.prompts_file)
         if not path.is_file():
             raise FileNotFoundError(f"task.prompts_file={path} does not exist")
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-        prompts = lines
+        lines = _lines(path)
+        prompts = list(lines.values())
         if path.suffix == ".jsonl":
-            prompts = [_prompt_of(path, n, line) for n, line in enumerate(lines, 1)]
+            prompts = [_prompt_of(path, n, line) for n, line in lines.items()]
     if not prompts or not all(prompts):
         where = "prompts_file" if config.prompts_file else "prompt"
         raise ValueError(
@@ -92,6 +96,16 @@ def read_prompts(config: GenerateConfig) -> list[str]:
             "one; give at least one character"
         )
     return prompts
+
+
+def _lines(path: Path) -> dict[int, str]:
+    """Returns the lines that are not blank, by their number from 1."""
+    try:
+        # Not splitlines, which ends a line at U+2028 too: JSON may hold that as it is.
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task.prompts_file={path} is not UTF-8: {error}") from None
+    return {number: line for number, line in enumerate(lines, 1) if line.strip()}
 
 
 def _prompt_of(path: Path, number: int, line: str) -> str:
@@ -120,9 +134,13 @@ def _write(
     """Writes one JSON line per completion, complete or not at all."""
     target = Path(path)
     temporary = target.with_name(f"{target.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        for prompt, completion in _paired(prompts, completions, sampling):
-            row = asdict(completion)
-            row = {"prompt": prompt, "completion": row.pop("text"), **row}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(target)
+    try:
+        # A lone surrogate, which UTF-8 can't hold, is written as JSON escapes it.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for prompt, completion in _paired(prompts, completions, sampling):
+                row = asdict(completion)
+                row = {"prompt": prompt, "completion": row.pop("text"), **row}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -56,6 +56,8 @@ class LoopConfig:
             self._require(name, 1)
         for name in ("eval_every", "save_every", "z_loss", "sample_tokens"):
             self._require(name, 0)
+        if self.profile_start is not None:
+            self._require("profile_start", 0)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"trainer.batch_size={self.batch_size} must be a multiple of "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -41,9 +42,9 @@ class Task:
 
     train_step: `(state, batches) -> (state, metrics)`, metrics `[steps]` each.
     batch_at: step -> this process's rows. evaluate: params -> metrics with `val_loss`,
-    or None where there is nothing to evaluate on. sample: params -> samples. schedule:
-    step -> learning rate. cost: FLOPs per token, and the peak FLOP/s of all devices or
-    None.
+    or None where there is nothing to evaluate on. sample: params -> samples, or None.
+    schedule: step -> learning rate. cost: FLOPs per token, and the peak FLOP/s of all
+    devices or None.
     """
 
     train_step: Callable
@@ -76,6 +77,7 @@ class Loop:
         self._folder = folder
         self._info = info
         self._stop_signal: int | None = None
+        self._is_profiling = False
         self._read_at = time.perf_counter()
 
     def run(self, state: TrainState) -> TrainState:
@@ -86,10 +88,13 @@ class Loop:
         """
         step = int(state.step)
         pending = None
-        with self._signals():
+        # All at once: a rate computed between two dispatches waits for the later one.
+        every_step = jnp.arange(self._config.num_steps)
+        self._rates = np.asarray(jax.vmap(self._task.schedule)(every_step))
+        with self._signals(), self._profiler():
             self._read_at = time.perf_counter()
             while step < self._config.num_steps:
-                self._profile(step)
+                self._profile(step, state)
                 count = self._steps_in_dispatch(step)
                 state, metrics = self._task.train_step(
                     state, self._batches(step, count)
@@ -103,11 +108,13 @@ class Loop:
                     self._report(*pending)
                     pending = None
                     self._milestone(step, state)
-        self._checkpoints.wait()
+            self._checkpoints.wait()
         return state
 
     def _steps_in_dispatch(self, step: int) -> int:
-        return min(self._config.steps_per_dispatch, self._config.num_steps - step)
+        """Returns the steps up to a multiple of steps_per_dispatch or to the last."""
+        size = self._config.steps_per_dispatch
+        return min(size - step % size, self._config.num_steps - step)
 
     def _batches(self, step: int, count: int):
         """Returns the next `count` batches, stacked and sharded."""
@@ -126,7 +133,7 @@ class Loop:
             done = step - count + index + 1
             row = {name: float(value[index]) for name, value in values.items()}
             _check_finite(done, row, self._checkpoints)
-            row["learning_rate"] = float(self._task.schedule(done - 1))
+            row["learning_rate"] = float(self._rates[done - 1])
             row["tokens"] = done * tokens
             row["step_time"] = seconds
             row["tokens_per_second"] = tokens / seconds
@@ -150,8 +157,9 @@ class Loop:
         metrics = None
         if self._task.evaluate and (last or _due(step, config.eval_every)):
             metrics = self._task.evaluate(state.params)
+            _check_finite(step, metrics, self._checkpoints)
             self._tracker.log_evaluation(step, metrics)
-            if self._task.sample and config.sample_tokens:
+            if self._task.sample:
                 self._tracker.log_samples(step, self._task.sample(state.params))
         path = self._checkpoints.save(step, state, metrics, self._info)
         self._tracker.log_checkpoint(step, path)
@@ -182,18 +190,31 @@ class Loop:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
 
-    def _profile(self, step: int) -> None:
-        """Starts or stops the profiler at the window's ends."""
-        start = self._config.profile_start
-        if start is None:
-            return
-        if start <= step < start + self._config.steps_per_dispatch:
+    def _profile(self, step: int, state: TrainState) -> None:
+        """Starts or stops the profiler where `step` enters or leaves its window."""
+        start, length = self._config.profile_start, self._config.profile_steps
+        inside = start is not None and start <= step < start + length
+        if inside and not self._is_profiling:
             jax.profiler.start_trace(self._folder / "profile")
-        stop = start + self._config.profile_steps
-        if stop <= step < stop + self._config.steps_per_dispatch:
-            jax.profiler.stop_trace()
-            where = self._folder / "profile"
-            self._tracker.message(f"profile of the steps from {start}: {where}")
+            self._is_profiling = True
+        elif self._is_profiling and not inside:
+            jax.block_until_ready(state)  # so that the last steps are in it
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_profiling = False
+        start, where = self._config.profile_start, self._folder / "profile"
+        self._tracker.message(f"profile of the steps from {start}: {where}")
+
+    @contextmanager
+    def _profiler(self):
+        """Writes the profile of a run that ends inside the window."""
+        try:
+            yield
+        finally:
+            if self._is_profiling:
+                self._stop_profile()
 
 
 def _due(step: int, every: int) -> bool:

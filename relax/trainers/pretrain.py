@@ -107,12 +107,21 @@ def _make_evaluate(setup: Setup, loss_fn, corpus: Corpus):
 
 
 def _make_sample(setup: Setup, apply):
-    """Returns params -> what the model makes of the trainer's sample prompt."""
-    tokenizer, prompt = setup.tokenizer, setup.trainer.sample_prompt
+    """Returns params -> what the model makes of the sample prompt, or None."""
+    trainer, tokenizer = setup.trainer, setup.tokenizer
+    if not trainer.sample_tokens:
+        return None
+    prompt, limit = trainer.sample_prompt, setup.model.max_position_embeddings
     generator = Generator(apply, setup.model, tokenizer, (), batch_multiple(setup.mesh))
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     request = Request((*first, *tokenizer.encode(prompt)), 0, 0)
-    sampling = replace(setup.sampling, max_new_tokens=setup.trainer.sample_tokens or 1)
+    if not 1 <= len(request.prompt) < limit:
+        raise ValueError(
+            f"trainer.sample_prompt={prompt!r} is {len(request.prompt)} tokens; give 1 "
+            f"to {limit - 1} (model.max_position_embeddings={limit}), or "
+            "trainer.sample_tokens=0"
+        )
+    sampling = replace(setup.sampling, max_new_tokens=trainer.sample_tokens)
 
     def sample(params) -> list[dict]:
         completion = generator.run(params, [request], sampling)[0]

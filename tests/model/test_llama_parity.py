@@ -40,7 +40,6 @@ CASES = {
         {"qkv_bias": True, "attention_out_bias": True},
     ),
     "llama3 rope": ("Llama", {}, {"rope": ("llama3", 16, LLAMA3)}, {}),
-    "linear rope": ("Llama", {}, {"rope": ("linear", None, {"factor": 4.0})}, {}),
     "yarn rope": ("Llama", {}, {"rope": ("yarn", 8, {"factor": 4.0})}, {}),
     "qwen2": ("Qwen2", {"hidden_size": 60, **TIED}, {}, {"qkv_bias": True}),
     "qwen2 window": (
@@ -162,9 +161,7 @@ def test_logits_equal_those_of_transformers(make_config, case):
     ("case", "change"),
     [
         ("llama", {"rms_norm_eps": 1e-3}),
-        ("llama", {"rope_theta": 1.1e4}),
         ("llama3 rope", {"rope_factor": 7.0}),
-        ("yarn rope", {"rope_attention_factor": 1.0}),
         ("qwen2 window", {"max_window_layers": 0}),
         ("mistral window", {"sliding_window": 5}),
         ("tied, gelu", {"hidden_act": "gelu_tanh"}),

@@ -79,12 +79,21 @@ def test_the_check_catches_a_wrong_mask(small_model, monkeypatch, defect):
         np.testing.assert_array_equal(seen, CAUSAL)
 
 
+def influence_under(small_model, **restrictions):
+    """Returns the influence with the given restrictions and others that allow all."""
+    inputs = {
+        "segment_ids": np.zeros((1, T), int),
+        "key_valid": np.ones((1, T), bool),
+        "mask": np.ones((1, 1, T, T), bool),
+        **restrictions,
+    }
+    model = small_model()
+    return influence(model.config, model.params, **jax.tree.map(jnp.asarray, inputs))
+
+
 def test_documents_see_themselves_alone(small_model):
     segments = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
-    model = small_model()
-    seen = influence(
-        model.config, model.params, segment_ids=jnp.asarray(segments[None])
-    )
+    seen = influence_under(small_model, segment_ids=segments[None])
     same = segments[:, None] == segments[None]
     np.testing.assert_array_equal(seen, CAUSAL & same)
 
@@ -92,15 +101,13 @@ def test_documents_see_themselves_alone(small_model):
 def test_an_invalid_key_is_seen_by_none_but_itself(small_model):
     valid = np.ones(T, bool)
     valid[[0, 5]] = False
-    model = small_model()
-    seen = influence(model.config, model.params, key_valid=jnp.asarray(valid[None]))
+    seen = influence_under(small_model, key_valid=valid[None])
     np.testing.assert_array_equal(seen, (CAUSAL & valid) | np.eye(T, dtype=bool))
 
 
 def test_a_mask_of_the_callers_own_is_combined_with_causality(small_model):
     mask = np.random.default_rng(2).random((T, T)) < 0.25
-    model = small_model()
-    seen = influence(model.config, model.params, mask=jnp.asarray(mask[None, None]))
+    seen = influence_under(small_model, mask=mask[None, None])
     np.testing.assert_array_equal(seen, reach(*[CAUSAL & mask] * L))
     assert not np.array_equal(seen, CAUSAL)
 

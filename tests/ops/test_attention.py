@@ -170,6 +170,17 @@ def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(implementati
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_whose_window_lies_beyond_the_keys_gives_zeros(implementation):
+    q, k, v = inputs()
+    slots = jnp.array([[0, 4, 6, 7, 99], [3, 4, 5, 6, 7]])
+    mask = AttentionMask(query_slots=slots, window=3)
+    actual = attend(q, k, v, mask, implementation)
+    blind = np.asarray(slots) >= T + 2
+    np.testing.assert_array_equal(np.asarray(actual)[blind], 0.0)
+    np.testing.assert_allclose(actual, attention_by_loops(q, k, v, mask), 0, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_of_a_thousand_do_not_overflow(implementation):
     q, k, v = inputs()
     mask, d_out = AttentionMask(), normal(7, *q.shape)

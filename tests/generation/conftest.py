@@ -1,0 +1,273 @@
+"""Small models that generate: random ones, scripted ones, and a trained one."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relax.generation.generator import Completion, Generator, Request
+from relax.language_model import LanguageModel
+from relax.model.llama import LlamaOutput, make_llama
+from relax.model.parameters import stack_layers
+from relax.ops.logprobs import compute_logits
+from relax.sampling import SamplingConfig
+from relax.sharding import MeshConfig, make_mesh
+from relax.text.tiktoken_encodings import END_OF_TEXT, EncodingSpec
+from relax.text.tokenizers import (
+    TiktokenTokenizer,
+    Tokenizer,
+    TokenizerConfig,
+    make_tokenizer,
+)
+
+EOS = 66
+
+
+def pieces_tokenizer(pieces: list[bytes]) -> Tokenizer:
+    """Returns a tokenizer of the given pieces and the end of text after them."""
+    ranks = {piece: index for index, piece in enumerate(pieces)}
+    specials = {END_OF_TEXT: len(pieces)}
+    spec = EncodingSpec(pattern=".", ranks=ranks, special_tokens=specials)
+    return TiktokenTokenizer(spec)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """66 characters from "0" to "q", an id each, and the end of text: V = 67."""
+    return pieces_tokenizer([bytes([48 + index]) for index in range(EOS)])
+
+
+@pytest.fixture(scope="session")
+def config(make_config):
+    """Weights large enough for distributions to be far from flat."""
+    return make_config(initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def make_model(config, tokenizer) -> Callable[..., LanguageModel]:
+    """A callable: a LanguageModel with random parameters."""
+    init = jax.jit(make_llama(config).init)
+    params = init(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+    return lambda: LanguageModel(config, params, tokenizer, mesh)
+
+
+@pytest.fixture(scope="session")
+def model(make_model) -> LanguageModel:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def generator(model) -> Generator:
+    """The model's own, whose compiled functions the tests then share."""
+    return model._generator
+
+
+@pytest.fixture
+def model_with_shifted_positions(make_model, monkeypatch) -> LanguageModel:
+    """A model broken on purpose: decode steps turn by the position after their own."""
+
+    def broken(config, constrain):
+        init, apply = make_llama(config, constrain)
+
+        def shifted(params, tokens, **inputs):
+            if inputs.get("cache") is not None and tokens.shape[1] == 1:
+                inputs["positions"] = inputs["cache"].lengths[:, None] + 1
+            return apply(params, tokens, **inputs)
+
+        return hk.Transformed(init, shifted)
+
+    monkeypatch.setattr("relax.language_model.make_llama", broken)
+    return make_model()
+
+
+class FullForward(NamedTuple):
+    """The next token's logits by a full forward pass, without any cache."""
+
+    logits: Callable[[list[int]], np.ndarray]
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """Returns `count` tokens, each the most likely one after those before it."""
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(np.argmax(self.logits(ids)[len(ids) - 1])))
+        return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="session")
+def full_forward(config, model) -> FullForward:
+    """Rows are padded to one width, so that one program serves every length."""
+    width = config.max_position_embeddings
+
+    @jax.jit
+    def logits(tokens):
+        out = make_llama(config).apply(model.params, tokens)
+        return compute_logits(out.hidden, out.unembedding, config.vocab_size)
+
+    def of(ids):
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(logits(padded))[0, : len(ids), : config.vocab_size]
+
+    return FullForward(of)
+
+
+def _scripted_apply(params, tokens, cache, lengths):
+    """A model's `apply` that gives the token at place p of `params` at place p."""
+    slots = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    hidden = 30.0 * jax.nn.one_hot(params[slots + 1], 128)
+    return LlamaOutput(
+        hidden, jnp.eye(128), cache._replace(lengths=cache.lengths + lengths)
+    )
+
+
+@pytest.fixture(scope="session")
+def scripted_apply():
+    """A model of 128 padded ids that says what its parameters, a row of ids, say."""
+    return _scripted_apply
+
+
+class Scripted(NamedTuple):
+    """A generator whose model continues every prompt by a script of ids.
+
+    A prompt is the first tokens of the script.
+    """
+
+    generator: Generator
+    script: list[int]
+
+    def complete(self, sampling: SamplingConfig, *lengths: int) -> list[Completion]:
+        """Returns completions of prompts of the given lengths."""
+        return self.generator.run(self.params, self._requests(lengths), sampling)
+
+    def stream(self, sampling: SamplingConfig, length: int) -> list[str]:
+        """Returns a completion's text after each dispatch."""
+        completion, seen = Completion(), []
+        for _ in self.generator.run_in_chunks(
+            self.params, self._requests([length]), sampling, [completion]
+        ):
+            seen.append(completion.text)
+        return seen
+
+    @property
+    def params(self):
+        return jnp.asarray([*self.script, *[0] * 128])
+
+    def _requests(self, lengths):
+        return [Request(tuple(self.script[:n]), i, 0) for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="session")
+def scripted_generator(make_config) -> Callable[..., Scripted]:
+    """A callable: the model that says a script of a tokenizer's ids."""
+
+    def make(tokenizer: Tokenizer, script: list[int]) -> Scripted:
+        stop_ids = (tokenizer.eos_id,)
+        generator = Generator(_scripted_apply, make_config(), tokenizer, stop_ids)
+        return Scripted(generator, script)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scripted(scripted_generator) -> Callable[[list[bytes]], Scripted]:
+    """A callable: the model that says the given pieces, then ends the text."""
+
+    @functools.cache
+    def make(*pieces: bytes) -> Scripted:
+        distinct = list(dict.fromkeys(pieces))
+        script = [distinct.index(piece) for piece in pieces] + [len(distinct)]
+        return scripted_generator(pieces_tokenizer(distinct), script)
+
+    return lambda pieces: make(*pieces)
+
+
+class Stories(NamedTuple):
+    """The trained model stories260K, its tokenizer and its parameters."""
+
+    config: object
+    params: dict
+    tokenizer: Tokenizer
+
+    def model(self) -> LanguageModel:
+        mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+        return LanguageModel(self.config, self.params, self.tokenizer, mesh)
+
+    def generator(self, eos_id: int) -> Generator:
+        apply = make_llama(self.config).apply
+        return Generator(apply, self.config, self.tokenizer, (eos_id,))
+
+
+@pytest.fixture(scope="session")
+def stories(make_config, data_dir) -> Stories:
+    folder = data_dir / "stories260K_hf"
+    given = json.loads((folder / "config.json").read_text())
+    names = make_config().__dict__.keys() & given.keys()
+    config = make_config(head_dim=None, **{name: given[name] for name in names})
+    tokenizer = make_tokenizer(
+        TokenizerConfig(
+            kind="sentencepiece", encoding=None, path=str(folder / "tokenizer.model")
+        )
+    )
+    tensors = read_safetensors(folder / "model.safetensors")
+    return Stories(config, to_relax(tensors, config), tokenizer)
+
+
+def read_safetensors(path) -> dict[str, np.ndarray]:
+    """Returns the float32 tensors of a file: a header's length, the header, numbers."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        assert entry["dtype"] == "F32"
+        shape, offset = entry["shape"], start + entry["data_offsets"][0]
+        flat = np.frombuffer(data, "<f4", math.prod(shape), offset)
+        tensors[name] = flat.reshape(shape)
+    return tensors
+
+
+def to_relax(tensors: dict[str, np.ndarray], config) -> dict:
+    """Returns our parameters: the peer's matrices are `[out, in]`, rows by head."""
+    params = {}
+    for name, tensor in tensors.items():
+        *modules, module, _ = name.removeprefix("model.").split(".")
+        if modules:
+            modules[:2] = [f"layers_{modules[1]}", "block"]
+        if module in ("q_proj", "k_proj", "v_proj"):
+            tensor = tensor.T.reshape(config.hidden_size, -1, config.head_width)
+        elif module == "o_proj":
+            tensor = tensor.T.reshape(-1, config.head_width, config.hidden_size)
+        elif module.endswith("_proj"):
+            tensor = tensor.T
+        path = "/".join(["llama", *modules, module])
+        params[path] = {"weight": jnp.asarray(tensor)}
+    return stack_layers(params)
+
+
+@pytest.fixture
+def sampled() -> SamplingConfig:
+    """Every filter at work."""
+    return SamplingConfig(
+        max_new_tokens=23,
+        temperature=0.8,
+        top_k=20,
+        top_p=0.9,
+        min_p=0.02,
+        repetition_penalty=1.3,
+        seed=7,
+        ignore_eos=True,
+    )
+
+
+@pytest.fixture
+def greedy() -> SamplingConfig:
+    return SamplingConfig(temperature=0.0, max_new_tokens=23, ignore_eos=True)

@@ -1,0 +1,377 @@
+"""What generation promises, each promise broken once on purpose."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from relax.generation import generator as generator_module
+from relax.generation.decode import choose_tokens
+from relax.generation.generator import Completion, Generator, Request
+from relax.sampling import SamplingConfig
+from relax.text.tokenizers import SentencePieceTokenizer
+
+LENGTHS = (3, 7, 41, 67)
+SAMPLES = 2
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 66, length).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def requests(prompts):
+    return [
+        Request(tuple(prompt), index, sample)
+        for index, prompt in enumerate(prompts)
+        for sample in range(SAMPLES)
+    ]
+
+
+@pytest.fixture
+def completions(generator, model, requests, sampled):
+    return generator.run(model.params, requests, sampled)
+
+
+# Zero mismatch: logprobs of sampled tokens are those of a full forward pass.
+
+
+def assert_logprobs_are_those_of_scoring(model, requests, completions):
+    rows = [[*r.prompt, *c.token_ids] for r, c in zip(requests, completions)]
+    differences = []
+    for request, score, completion in zip(requests, model.score(rows), completions):
+        expected = score.logprobs[len(request.prompt) :]
+        differences += list(np.subtract(completion.logprobs, expected))
+    assert len(differences) == 23 * len(requests)
+    assert np.mean(np.abs(differences)) <= 2e-6
+    assert np.max(np.abs(differences)) <= 5e-5
+
+
+def test_logprobs_are_those_of_scoring(model, requests, completions):
+    assert_logprobs_are_those_of_scoring(model, requests, completions)
+
+
+def test_a_shifted_position_is_a_mismatch(
+    model, model_with_shifted_positions, requests, sampled
+):
+    broken = model_with_shifted_positions._generator
+    completions = broken.run(model.params, requests[:1], sampled)
+    with pytest.raises(AssertionError):
+        assert_logprobs_are_those_of_scoring(model, requests[:1], completions)
+
+
+def test_a_temperature_in_the_logprobs_is_a_mismatch(
+    make_model, model, requests, sampled, monkeypatch
+):
+    def tempered(*args):
+        choice = choose_tokens(*args)
+        return choice._replace(logprobs=choice.sampled_logprobs)
+
+    monkeypatch.setattr("relax.generation.decode.choose_tokens", tempered)
+    sampling = SamplingConfig(max_new_tokens=23, temperature=0.8, ignore_eos=True)
+    broken = make_model()._generator
+    completions = broken.run(model.params, requests[:1], sampling)
+    with pytest.raises(AssertionError):
+        assert_logprobs_are_those_of_scoring(model, requests[:1], completions)
+
+
+def filtered_logprobs(logits, seen, sampling):
+    """Returns the logprobs drawn from, written out in float64 for one token."""
+    logits = logits.astype(np.float64)
+    for token in seen:
+        factor = sampling.repetition_penalty
+        logits[token] *= factor if logits[token] < 0 else 1 / factor
+    logits /= sampling.temperature
+    kept = sorted(range(len(logits)), key=lambda token: -logits[token])
+    kept = kept[: sampling.top_k]
+    mass = np.cumsum(softmax(logits[kept]))
+    kept = kept[: 1 + np.sum(mass < sampling.top_p)]
+    probs = softmax(logits[kept])
+    kept = [t for t, p in zip(kept, probs) if p >= sampling.min_p * probs[0]]
+    return dict(zip(kept, np.log(softmax(logits[kept]))))
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def assert_sampled_logprobs(full_forward, requests, completions, sampling):
+    for request, completion in zip(requests, completions):
+        ids = [*request.prompt, *completion.token_ids]
+        logits, start = full_forward.logits(ids), len(request.prompt)
+        for place, given in enumerate(completion.sampled_logprobs, start):
+            expected = filtered_logprobs(logits[place - 1], set(ids[:place]), sampling)
+            assert abs(given - expected.get(ids[place], -np.inf)) <= 5e-5
+
+
+def test_sampled_logprobs_are_those_of_the_filtered_distribution(
+    full_forward, requests, completions, sampled
+):
+    assert_sampled_logprobs(full_forward, requests, completions, sampled)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 1.0},
+        {"repetition_penalty": 1.0},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"min_p": 0.3},
+    ],
+)
+def test_every_filter_counts_in_the_sampled_logprobs(
+    full_forward, requests, completions, sampled, change
+):
+    with pytest.raises(AssertionError):
+        assert_sampled_logprobs(
+            full_forward, requests, completions, replace(sampled, **change)
+        )
+
+
+# Batch invariance: who else is in the batch changes no token.
+
+
+def runs_in_other_company(generator, params, requests, sampling):
+    """Yields requests with what they give alone, in other batches and other slots."""
+    for rows in ([0], [4], [7], [0, 1, 2, 3], [7, 6, 5, 4, 3, 2, 1, 0], [3, 7, 1, 6]):
+        chosen = [requests[row] for row in rows]
+        yield rows, generator.run(params, chosen, sampling)
+
+
+def assert_batch_invariant(generator, params, requests, completions, sampling):
+    for rows, others in runs_in_other_company(generator, params, requests, sampling):
+        for row, other in zip(rows, others):
+            assert other.token_ids == completions[row].token_ids
+
+
+def test_a_row_is_the_same_in_any_company(
+    generator, model, requests, completions, sampled
+):
+    assert_batch_invariant(generator, model.params, requests, completions, sampled)
+    assert len({tuple(c.token_ids) for c in completions}) == len(requests)
+
+
+def test_keys_by_row_number_are_seen_in_other_company(
+    generator, model, requests, completions, sampled
+):
+    class ByRow:
+        @staticmethod
+        def run(params, requests, sampling):
+            rows = [Request(r.prompt, row, 0) for row, r in enumerate(requests)]
+            return generator.run(params, rows, sampling)
+
+    mine = ByRow.run(model.params, requests, sampled)
+    with pytest.raises(AssertionError):
+        assert_batch_invariant(ByRow, model.params, requests, mine, sampled)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batch_size_changes_no_completion(
+    model, prompts, completions, sampled, batch_size
+):
+    sampling = replace(sampled, num_return_sequences=SAMPLES)
+    mine = model.generate(prompts, sampling, batch_size)
+    assert [c.token_ids for c in mine] == [c.token_ids for c in completions]
+
+
+def test_the_seed_changes_every_row(generator, model, requests, completions, sampled):
+    others = generator.run(model.params, requests, replace(sampled, seed=8))
+    assert all(a.token_ids != b.token_ids for a, b in zip(others, completions))
+
+
+def test_rows_that_fill_up_a_batch_give_nothing(
+    config, model, tokenizer, scripted_apply, scripted
+):
+    script = scripted([b"a", b"b", b"c", b"d"])
+    requests = [Request((0,), 0, 0), Request((0, 1), 1, 0), Request((0,), 2, 0)]
+    generator = Generator(
+        scripted_apply, config, script.generator._tokenizer, (4,), batch_multiple=5
+    )
+    completions = generator.run(script.params, requests, SamplingConfig())
+    assert [c.text for c in completions] == ["bcd", "cd", "bcd"]
+
+
+# The size of a dispatch changes nothing, nor does streaming.
+
+
+def assert_same_in_all_dispatches(run, sampling):
+    """Checks that `run` gives the same completions for dispatches of 1, 3 and 64."""
+    first, *others = (
+        run(replace(sampling, tokens_per_dispatch=size)) for size in (64, 1, 3)
+    )
+    for other in others:
+        assert other == first
+    return first
+
+
+def test_dispatches_change_no_completion_of_a_random_model(
+    generator, model, requests, completions, sampled
+):
+    stop = completions[0].text[9:12]
+    sampling = replace(sampled, ignore_eos=False, stop_strings=["absent", stop])
+    mine = assert_same_in_all_dispatches(
+        lambda sampling: generator.run(model.params, requests, sampling), sampling
+    )
+    assert stop in completions[0].text and len(stop) == 3
+    assert mine[0].text == completions[0].text.split(stop)[0]
+    assert mine[0].token_ids == completions[0].token_ids[: len(mine[0].token_ids)]
+    assert {c.finish_reason for c in mine} == {"stop", "length"}
+    assert any(c.token_ids[-1] == 66 for c in mine)
+
+
+# "é" and "😀" are split over tokens, and so are the stop strings "n, x" and "ie".
+PIECES = [b"t", b"h", b"\xc3", b"\xa9", b" ", b"\xf0\x9f", b"\x98", b"\x80", b"o"]
+PIECES += [b"n", b", ", b"xyz", b"pie", b"c", b"e"]
+STOPS = [
+    ((), 1, "hé 😀on, xyzpiece", 15),
+    (("absent",), 3, "\N{REPLACEMENT CHARACTER} 😀on, xyzpiece", 13),
+    (("n, x",), 1, "hé 😀o", 11),
+    (("yz", "n, xyzp"), 1, "hé 😀on, x", 11),
+    (("z", "yz"), 2, "é 😀on, x", 10),
+    (("ie", "piec"), 10, ", xyzp", 3),
+    (("\N{GRINNING FACE}",), 1, "hé ", 7),
+]
+
+
+@pytest.mark.parametrize(("stops", "start", "text", "count"), STOPS)
+def test_texts_up_to_their_stop_strings(scripted, stops, start, text, count):
+    model = scripted(PIECES)
+    sampling = SamplingConfig(max_new_tokens=29, stop_strings=stops)
+    (completion,) = assert_same_in_all_dispatches(
+        lambda sampling: model.complete(sampling, start), sampling
+    )
+    assert completion.text == text
+    assert completion.token_ids == model.script[start : start + count]
+    assert len(completion.logprobs) == len(completion.sampled_logprobs) == count
+    assert completion.finish_reason == "stop"
+    shown = model.stream(replace(sampling, tokens_per_dispatch=1), start)
+    assert shown[-1] == text and len(shown) == count
+    for earlier, later in zip(shown, shown[1:]):
+        assert later.startswith(earlier)
+
+
+def test_tokens_after_a_stop_string_are_seen_in_larger_dispatches(
+    scripted, monkeypatch
+):
+    def careless(completion, text, *columns):
+        found = [text.add(token)[1] for token in columns[0]]
+        completion.token_ids += columns[0]
+        return any(found)
+
+    monkeypatch.setattr(generator_module, "_append", careless)
+    model, sampling = scripted(PIECES), SamplingConfig(stop_strings=["n, x"])
+    with pytest.raises(AssertionError):
+        assert_same_in_all_dispatches(lambda s: model.complete(s, 1), sampling)
+
+
+@pytest.fixture(scope="module")
+def spaces(make_config, scripted_generator):
+    """A model that says "the fox jumps the ox" in sentencepiece's words."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the fox jumps", "the ox jumps"]),
+        model_writer=model,
+        model_type="word",
+        vocab_size=7,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    script = [tokenizer.bos_id, *tokenizer.encode("the fox jumps the ox")]
+    return scripted_generator(tokenizer, [*script, tokenizer.eos_id])
+
+
+def assert_spaces_after_a_prompt(spaces):
+    texts = [c.text for c in spaces.complete(SamplingConfig(), 1, 2, 3)]
+    assert texts == ["the fox jumps the ox", " fox jumps the ox", " jumps the ox"]
+
+
+def test_a_text_keeps_the_space_between_it_and_its_prompt(spaces):
+    assert_spaces_after_a_prompt(spaces)
+
+
+def test_a_text_without_its_prompt_loses_the_space(spaces, monkeypatch):
+    class Alone(generator_module._Text):
+        def __init__(self, tokenizer, prompt, stop_strings):
+            super().__init__(tokenizer, [], stop_strings)
+
+    monkeypatch.setattr(generator_module, "_Text", Alone)
+    with pytest.raises(AssertionError):
+        assert_spaces_after_a_prompt(spaces)
+
+
+# How a completion ends.
+
+
+def test_the_end_of_text_is_kept_and_ends_a_completion(scripted):
+    model = scripted([b"a", b"b", b"c"])
+    first, second = model.complete(SamplingConfig(max_new_tokens=5), 1, 2)
+    assert (first.token_ids, first.text, first.finish_reason) == (
+        [1, 2, 3],
+        "bc",
+        "stop",
+    )
+    assert (second.token_ids, second.text) == ([2, 3], "c")
+
+
+def test_the_last_token_allowed_may_be_the_end_of_text(scripted):
+    model = scripted([b"a", b"b", b"c"])
+    cut, ended = (
+        model.complete(SamplingConfig(max_new_tokens=count), 1)[0] for count in (2, 3)
+    )
+    assert (cut.token_ids, cut.finish_reason) == ([1, 2], "length")
+    assert (ended.token_ids, ended.finish_reason) == ([1, 2, 3], "stop")
+
+
+def test_ignoring_the_end_of_text_goes_on_past_it(scripted):
+    model = scripted([b"a", b"b", b"c"])
+    sampling = SamplingConfig(max_new_tokens=5, ignore_eos=True)
+    (completion,) = model.complete(sampling, 1)
+    assert completion.token_ids == [1, 2, 3, 0, 0]
+    assert (completion.text, completion.finish_reason) == ("bcaa", "length")
+
+
+def test_one_new_token_is_the_first_of_more(
+    generator, model, requests, completions, sampled
+):
+    mine = generator.run(model.params, requests, replace(sampled, max_new_tokens=1))
+    assert [c.token_ids for c in mine] == [c.token_ids[:1] for c in completions]
+    assert {c.finish_reason for c in mine} == {"length"}
+
+
+def test_a_completion_ends_where_the_context_is_full(scripted):
+    model = scripted([b"ab"[i % 2 : i % 2 + 1] for i in range(120)])
+    first, second = model.complete(SamplingConfig(max_new_tokens=7), 97, 100)
+    assert (len(first.token_ids), first.finish_reason) == (4, "length")
+    assert (len(second.token_ids), second.finish_reason) == (1, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt 1 has 0 tokens; give 1 to 100 .model.max_position_embeddings=101"),
+        ([1] * 101, "prompt 1 has 101 tokens; give 1 to 100"),
+        (
+            [1, 67],
+            "prompt 1 holds ids from 1 to 67; give ids below model.vocab_size=67",
+        ),
+        ([1, -1], "prompt 1 holds ids from -1 to 1"),
+    ],
+)
+def test_a_prompt_that_cannot_be_completed_is_named_before_any_work(
+    model, monkeypatch, prompt, message
+):
+    monkeypatch.delattr(Generator, "run")
+    with pytest.raises(ValueError, match=message):
+        model.generate([[1], prompt], SamplingConfig(), batch_size=1)
+
+
+def test_completions_start_empty():
+    assert Completion() == Completion("", [], [], [], "length")

@@ -1,0 +1,118 @@
+"""Every command and every line of Python in the README runs as it is written."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+COMMANDS = [
+    line.strip().split("&& ")[-1]
+    for line in README.splitlines()
+    if line.startswith("    python ")
+]
+# So that each takes seconds; sizes and lengths are not what is shown here.
+SMALL = ["debug=smoke", "trainer.sample_tokens=0"]
+
+
+def programs(name: str) -> list[str]:
+    return [command for command in COMMANDS if command.startswith(f"python {name}")]
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield monkeypatch
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, monkeypatch_module):
+    """A folder with what the README's reader has: the programs and some text."""
+    folder = tmp_path_factory.mktemp("readme")
+    cached = Path(os.environ.get("RELAX_DATA_DIR", "")) / "tiktoken_cache"
+    if "RELAX_DATA_DIR" in os.environ and cached.is_dir():
+        # A copy: tiktoken deletes cached files that it finds damaged.
+        copy = shutil.copytree(cached, tmp_path_factory.mktemp("cache") / "tiktoken")
+        monkeypatch_module.setenv("TIKTOKEN_CACHE_DIR", str(copy))
+    for name in ("train.py", "infer.py", "conf"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "prompts.txt").write_text("ROMEO:\nJULIET:\n")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "one.txt").write_text("What is written, is written.\n" * 99)
+    run("python train.py model=tiny data=shakespeare", folder, SMALL)
+    return folder
+
+
+def run(command: str, folder: Path, extra: list[str]) -> str:
+    arguments = [sys.executable, *shlex.split(command)[1:], *extra]
+    result = subprocess.run(
+        arguments, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 0, f"{command}\n{result.stderr}"
+    return result.stdout
+
+
+def test_the_readme_shows_its_commands():
+    assert len(programs("train.py")) >= 9
+    assert len(programs("infer.py")) >= 4
+    installs = [c for c in README.splitlines() if "pip install -e" in c]
+    assert len(installs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [c for c in programs("train.py") if "resume" not in c and "--cfg" not in c],
+)
+def test_a_training_command(workplace, command):
+    if "tiktoken" in command and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("neither RELAX_DATA_DIR nor TIKTOKEN_CACHE_DIR is set")
+    extra = SMALL[1:] if "debug=smoke" in command else SMALL
+    run(command, workplace, extra)
+    runs = list((workplace / "runs").glob("*/*/metrics.jsonl"))
+    assert runs
+    if "-m" in command.split():
+        assert len({folder.parent for folder in runs}) >= 4
+
+
+@pytest.mark.slow
+def test_the_resume_commands(workplace):
+    run("python train.py model=tiny data=shakespeare", workplace, SMALL)
+    for steps, command in enumerate(c for c in programs("train.py") if "resume" in c):
+        extra = [f"trainer.num_steps={3 + steps}", "trainer.eval_every=0"]
+        run(re.sub(r"trainer.num_steps=\d+", "", command), workplace, extra)
+
+
+@pytest.mark.slow
+def test_the_composing_command(workplace):
+    [command] = [c for c in programs("train.py") if "--cfg" in c]
+    assert "num_hidden_layers: 4" in run(command, workplace, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", programs("infer.py"))
+def test_a_sampling_command(workplace, command):
+    extra = [] if "max_new_tokens" in command else ["sampling.max_new_tokens=8"]
+    printed = run(command, workplace, extra)
+    if "output_path" in command:
+        assert len((workplace / "out.jsonl").read_text().splitlines()) == 8
+    else:
+        assert printed.startswith(("ROMEO:", "JULIET:"))
+
+
+@pytest.mark.slow
+def test_the_notebook_code(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    [code] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["completion"].token_ids) == 40
+    assert len(names["score"].logprobs) == len("To be, or not to be")
+    assert names["logits"].shape == (1, 5, 257)
+    assert len(capsys.readouterr().out) > 100
