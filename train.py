@@ -17,7 +17,7 @@ def main(config) -> None:
         return
     given = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
     changes = {change.get_key_element(): change.value() for change in given}
-    del changes["resume"]
+    changes.pop("resume", None)
     exit_on_error(lambda: training.resume(config.resume, changes))
 
 

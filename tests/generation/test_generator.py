@@ -1,6 +1,7 @@
 """What generation promises, each promise broken once on purpose."""
 
 import io
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,13 @@ import sentencepiece
 
 from relax.generation import generator as generator_module
 from relax.generation.decode import choose_tokens
-from relax.generation.generator import Completion, Generator, Request
+from relax.generation.generator import Generator, Request
 from relax.sampling import SamplingConfig
 from relax.text.tokenizers import SentencePieceTokenizer
 
 LENGTHS = (3, 7, 41, 67)
 SAMPLES = 2
+SCRIPTED = SamplingConfig(temperature=0.0, max_new_tokens=29)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def requests(prompts):
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def completions(generator, model, requests, sampled):
     return generator.run(model.params, requests, sampled)
 
@@ -41,9 +43,10 @@ def completions(generator, model, requests, sampled):
 
 
 def assert_logprobs_are_those_of_scoring(model, requests, completions):
-    rows = [[*r.prompt, *c.token_ids] for r, c in zip(requests, completions)]
+    pairs = list(zip(requests, completions, strict=True))
+    scores = model.score([[*r.prompt, *c.token_ids] for r, c in pairs])
     differences = []
-    for request, score, completion in zip(requests, model.score(rows), completions):
+    for (request, completion), score in zip(pairs, scores, strict=True):
         expected = score.logprobs[len(request.prompt) :]
         differences += list(np.subtract(completion.logprobs, expected))
     assert len(differences) == 23 * len(requests)
@@ -65,7 +68,7 @@ def test_a_shifted_position_is_a_mismatch(
 
 
 def test_a_temperature_in_the_logprobs_is_a_mismatch(
-    make_model, model, requests, sampled, monkeypatch
+    make_model, model, requests, monkeypatch
 ):
     def tempered(*args):
         choice = choose_tokens(*args)
@@ -73,26 +76,23 @@ def test_a_temperature_in_the_logprobs_is_a_mismatch(
 
     monkeypatch.setattr("relax.generation.decode.choose_tokens", tempered)
     sampling = SamplingConfig(max_new_tokens=23, temperature=0.8, ignore_eos=True)
-    broken = make_model()._generator
-    completions = broken.run(model.params, requests[:1], sampling)
+    completions = make_model()._generator.run(model.params, requests[:1], sampling)
     with pytest.raises(AssertionError):
         assert_logprobs_are_those_of_scoring(model, requests[:1], completions)
 
 
 def filtered_logprobs(logits, seen, sampling):
-    """Returns the logprobs drawn from, written out in float64 for one token."""
+    """Returns the logprobs drawn from, written out in float64 for one place."""
     logits = logits.astype(np.float64)
     for token in seen:
         factor = sampling.repetition_penalty
         logits[token] *= factor if logits[token] < 0 else 1 / factor
     logits /= sampling.temperature
-    kept = sorted(range(len(logits)), key=lambda token: -logits[token])
-    kept = kept[: sampling.top_k]
-    mass = np.cumsum(softmax(logits[kept]))
-    kept = kept[: 1 + np.sum(mass < sampling.top_p)]
+    kept = np.argsort(-logits)[: sampling.top_k]
+    kept = kept[: 1 + np.sum(np.cumsum(softmax(logits[kept])) < sampling.top_p)]
     probs = softmax(logits[kept])
-    kept = [t for t, p in zip(kept, probs) if p >= sampling.min_p * probs[0]]
-    return dict(zip(kept, np.log(softmax(logits[kept]))))
+    kept = kept[probs >= sampling.min_p * probs[0]]
+    return dict(zip(kept.tolist(), np.log(softmax(logits[kept])), strict=True))
 
 
 def softmax(logits):
@@ -100,8 +100,8 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def assert_sampled_logprobs(full_forward, requests, completions, sampling):
-    for request, completion in zip(requests, completions):
+def assert_drawn_from_the_filtered(full_forward, requests, completions, sampling):
+    for request, completion in zip(requests, completions, strict=True):
         ids = [*request.prompt, *completion.token_ids]
         logits, start = full_forward.logits(ids), len(request.prompt)
         for place, given in enumerate(completion.sampled_logprobs, start):
@@ -112,7 +112,7 @@ def assert_sampled_logprobs(full_forward, requests, completions, sampling):
 def test_sampled_logprobs_are_those_of_the_filtered_distribution(
     full_forward, requests, completions, sampled
 ):
-    assert_sampled_logprobs(full_forward, requests, completions, sampled)
+    assert_drawn_from_the_filtered(full_forward, requests, completions, sampled)
 
 
 @pytest.mark.parametrize(
@@ -124,84 +124,73 @@ def test_sampled_logprobs_are_those_of_the_filtered_distribution(
         {"top_p": 0.5},
         {"min_p": 0.3},
     ],
+    ids=lambda change: next(iter(change)),
 )
 def test_every_filter_counts_in_the_sampled_logprobs(
     full_forward, requests, completions, sampled, change
 ):
+    others = replace(sampled, **change)
     with pytest.raises(AssertionError):
-        assert_sampled_logprobs(
-            full_forward, requests, completions, replace(sampled, **change)
-        )
+        assert_drawn_from_the_filtered(full_forward, requests, completions, others)
 
 
-# Batch invariance: who else is in the batch changes no token.
+# Batch invariance: what else is in the batch changes no token.
 
 
-def runs_in_other_company(generator, params, requests, sampling):
-    """Yields requests with what they give alone, in other batches and other slots."""
-    for rows in ([0], [4], [7], [0, 1, 2, 3], [7, 6, 5, 4, 3, 2, 1, 0], [3, 7, 1, 6]):
-        chosen = [requests[row] for row in rows]
-        yield rows, generator.run(params, chosen, sampling)
-
-
-def assert_batch_invariant(generator, params, requests, completions, sampling):
-    for rows, others in runs_in_other_company(generator, params, requests, sampling):
-        for row, other in zip(rows, others):
+def assert_same_in_any_company(run, requests, completions):
+    """Checks rows alone, in smaller batches, in a shorter one and in other slots."""
+    for rows in ([0], [4], [0, 1, 2, 3], [3, 7, 1, 6], [7, 6, 5, 4, 3, 2, 1, 0]):
+        others = run([requests[row] for row in rows])
+        for row, other in zip(rows, others, strict=True):
             assert other.token_ids == completions[row].token_ids
 
 
 def test_a_row_is_the_same_in_any_company(
     generator, model, requests, completions, sampled
 ):
-    assert_batch_invariant(generator, model.params, requests, completions, sampled)
+    assert_same_in_any_company(
+        lambda some: generator.run(model.params, some, sampled), requests, completions
+    )
     assert len({tuple(c.token_ids) for c in completions}) == len(requests)
 
 
 def test_keys_by_row_number_are_seen_in_other_company(
-    generator, model, requests, completions, sampled
+    generator, model, requests, sampled
 ):
-    class ByRow:
-        @staticmethod
-        def run(params, requests, sampling):
-            rows = [Request(r.prompt, row, 0) for row, r in enumerate(requests)]
-            return generator.run(params, rows, sampling)
+    def run(some):
+        rows = [replace(r, input_index=i, sample_index=0) for i, r in enumerate(some)]
+        return generator.run(model.params, rows, sampled)
 
-    mine = ByRow.run(model.params, requests, sampled)
     with pytest.raises(AssertionError):
-        assert_batch_invariant(ByRow, model.params, requests, mine, sampled)
+        assert_same_in_any_company(run, requests, run(requests))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_batch_size_changes_no_completion(
-    model, prompts, completions, sampled, batch_size
-):
+def test_batch_size_changes_no_completion(model, prompts, completions, sampled):
     sampling = replace(sampled, num_return_sequences=SAMPLES)
-    mine = model.generate(prompts, sampling, batch_size)
+    mine = model.generate(prompts, sampling, batch_size=4)
     assert [c.token_ids for c in mine] == [c.token_ids for c in completions]
 
 
 def test_the_seed_changes_every_row(generator, model, requests, completions, sampled):
-    others = generator.run(model.params, requests, replace(sampled, seed=8))
-    assert all(a.token_ids != b.token_ids for a, b in zip(others, completions))
+    others = generator.run(model.params, requests, replace(sampled, seed=5))
+    for other, completion in zip(others, completions, strict=True):
+        assert other.token_ids != completion.token_ids
 
 
-def test_rows_that_fill_up_a_batch_give_nothing(
-    config, model, tokenizer, scripted_apply, scripted
-):
-    script = scripted([b"a", b"b", b"c", b"d"])
-    requests = [Request((0,), 0, 0), Request((0, 1), 1, 0), Request((0,), 2, 0)]
-    generator = Generator(
-        scripted_apply, config, script.generator._tokenizer, (4,), batch_multiple=5
-    )
-    completions = generator.run(script.params, requests, SamplingConfig())
-    assert [c.text for c in completions] == ["bcd", "cd", "bcd"]
+def test_rows_that_fill_up_a_batch_give_nothing(config, scripted_apply, scripted):
+    model = scripted([b"a", b"b", b"c", b"e"])
+    tokenizer = model.generator._tokenizer
+    generator = Generator(scripted_apply, config, tokenizer, (), batch_multiple=5)
+    model = model._replace(generator=generator)
+    completions = model.complete(replace(SCRIPTED, max_new_tokens=3), 1, 2, 1)
+    assert [c.text for c in completions] == ["bce", "ce", "bce"]
 
 
 # The size of a dispatch changes nothing, nor does streaming.
 
 
 def assert_same_in_all_dispatches(run, sampling):
-    """Checks that `run` gives the same completions for dispatches of 1, 3 and 64."""
+    """Returns what `run` gives, after a check for dispatches of 64, 1 and 3 tokens."""
     first, *others = (
         run(replace(sampling, tokens_per_dispatch=size)) for size in (64, 1, 3)
     )
@@ -213,36 +202,37 @@ def assert_same_in_all_dispatches(run, sampling):
 def test_dispatches_change_no_completion_of_a_random_model(
     generator, model, requests, completions, sampled
 ):
-    stop = completions[0].text[9:12]
-    sampling = replace(sampled, ignore_eos=False, stop_strings=["absent", stop])
+    whole = completions[0]
+    stop = whole.text[9:12]
     mine = assert_same_in_all_dispatches(
-        lambda sampling: generator.run(model.params, requests, sampling), sampling
+        lambda sampling: generator.run(model.params, requests, sampling),
+        replace(sampled, ignore_eos=False, stop_strings=["absent", stop]),
     )
-    assert stop in completions[0].text and len(stop) == 3
-    assert mine[0].text == completions[0].text.split(stop)[0]
-    assert mine[0].token_ids == completions[0].token_ids[: len(mine[0].token_ids)]
-    assert {c.finish_reason for c in mine} == {"stop", "length"}
+    assert mine[0].text == whole.text[: whole.text.index(stop)]
+    assert mine[0].token_ids == whole.token_ids[: len(mine[0].text) + 3]
     assert any(c.token_ids[-1] == 66 for c in mine)
+    assert {c.finish_reason for c in mine} == {"stop", "length"}
 
 
 # "é" and "😀" are split over tokens, and so are the stop strings "n, x" and "ie".
-PIECES = [b"t", b"h", b"\xc3", b"\xa9", b" ", b"\xf0\x9f", b"\x98", b"\x80", b"o"]
-PIECES += [b"n", b", ", b"xyz", b"pie", b"c", b"e"]
-STOPS = [
-    ((), 1, "hé 😀on, xyzpiece", 15),
-    (("absent",), 3, "\N{REPLACEMENT CHARACTER} 😀on, xyzpiece", 13),
-    (("n, x",), 1, "hé 😀o", 11),
-    (("yz", "n, xyzp"), 1, "hé 😀on, x", 11),
-    (("z", "yz"), 2, "é 😀on, x", 10),
-    (("ie", "piec"), 10, ", xyzp", 3),
-    (("\N{GRINNING FACE}",), 1, "hé ", 7),
-]
+SPOKEN = [b"b", b"h", b"\xc3", b"\xa9", b" ", b"\xf0\x9f", b"\x98", b"\x80", b"o"]
+SPOKEN += [b"n", b", ", b"xyz", b"pie", b"c", b"e"]
 
 
-@pytest.mark.parametrize(("stops", "start", "text", "count"), STOPS)
+@pytest.mark.parametrize(
+    ("stops", "start", "text", "count"),
+    [
+        ((), 1, "hé 😀on, xyzpiece", 15),
+        (("absent",), 3, "é 😀on, xyzpiece", 13),  # the prompt ends within the "é"
+        (("n, x",), 1, "hé 😀o", 11),
+        (("yz", "n, xyzp"), 1, "hé 😀on, x", 11),
+        (("z", "yz"), 4, " 😀on, x", 8),
+        (("ie", "piec"), 10, ", xyzp", 3),
+        (("😀",), 1, "hé ", 7),
+    ],
+)
 def test_texts_up_to_their_stop_strings(scripted, stops, start, text, count):
-    model = scripted(PIECES)
-    sampling = SamplingConfig(max_new_tokens=29, stop_strings=stops)
+    model, sampling = scripted(SPOKEN), replace(SCRIPTED, stop_strings=stops)
     (completion,) = assert_same_in_all_dispatches(
         lambda sampling: model.complete(sampling, start), sampling
     )
@@ -252,26 +242,26 @@ def test_texts_up_to_their_stop_strings(scripted, stops, start, text, count):
     assert completion.finish_reason == "stop"
     shown = model.stream(replace(sampling, tokens_per_dispatch=1), start)
     assert shown[-1] == text and len(shown) == count
-    for earlier, later in zip(shown, shown[1:]):
+    for earlier, later in itertools.pairwise(shown):
         assert later.startswith(earlier)
 
 
 def test_tokens_after_a_stop_string_are_seen_in_larger_dispatches(
     scripted, monkeypatch
 ):
-    def careless(completion, text, *columns):
-        found = [text.add(token)[1] for token in columns[0]]
-        completion.token_ids += columns[0]
+    def careless(completion, text, tokens, *_):
+        completion.token_ids += tokens
+        found = [text.add(token)[1] for token in tokens]
         return any(found)
 
     monkeypatch.setattr(generator_module, "_append", careless)
-    model, sampling = scripted(PIECES), SamplingConfig(stop_strings=["n, x"])
+    model, sampling = scripted(SPOKEN), replace(SCRIPTED, stop_strings=["n, x"])
     with pytest.raises(AssertionError):
         assert_same_in_all_dispatches(lambda s: model.complete(s, 1), sampling)
 
 
 @pytest.fixture(scope="module")
-def spaces(make_config, scripted_generator):
+def spaces(scripted_generator):
     """A model that says "the fox jumps the ox" in sentencepiece's words."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -289,7 +279,7 @@ def spaces(make_config, scripted_generator):
 
 
 def assert_spaces_after_a_prompt(spaces):
-    texts = [c.text for c in spaces.complete(SamplingConfig(), 1, 2, 3)]
+    texts = [c.text for c in spaces.complete(SCRIPTED, 1, 2, 3)]
     assert texts == ["the fox jumps the ox", " fox jumps the ox", " jumps the ox"]
 
 
@@ -307,34 +297,29 @@ def test_a_text_without_its_prompt_loses_the_space(spaces, monkeypatch):
         assert_spaces_after_a_prompt(spaces)
 
 
-# How a completion ends.
+# How a completion ends; the end of text is id 16.
 
 
 def test_the_end_of_text_is_kept_and_ends_a_completion(scripted):
-    model = scripted([b"a", b"b", b"c"])
-    first, second = model.complete(SamplingConfig(max_new_tokens=5), 1, 2)
-    assert (first.token_ids, first.text, first.finish_reason) == (
-        [1, 2, 3],
-        "bc",
-        "stop",
-    )
-    assert (second.token_ids, second.text) == ([2, 3], "c")
+    first, second = scripted([b"a", b"b", b"c"]).complete(SCRIPTED, 1, 2)
+    assert (first.token_ids, first.text) == ([1, 2, 16], "bc")
+    assert (second.token_ids, second.text) == ([2, 16], "c")
+    assert first.finish_reason == second.finish_reason == "stop"
 
 
-def test_the_last_token_allowed_may_be_the_end_of_text(scripted):
-    model = scripted([b"a", b"b", b"c"])
-    cut, ended = (
-        model.complete(SamplingConfig(max_new_tokens=count), 1)[0] for count in (2, 3)
-    )
-    assert (cut.token_ids, cut.finish_reason) == ([1, 2], "length")
-    assert (ended.token_ids, ended.finish_reason) == ([1, 2, 3], "stop")
+@pytest.mark.parametrize(
+    ("count", "ids", "reason"), [(2, [1, 2], "length"), (3, [1, 2, 16], "stop")]
+)
+def test_the_last_token_allowed_may_be_the_end_of_text(scripted, count, ids, reason):
+    sampling = replace(SCRIPTED, max_new_tokens=count)
+    (completion,) = scripted([b"a", b"b", b"c"]).complete(sampling, 1)
+    assert (completion.token_ids, completion.finish_reason) == (ids, reason)
 
 
 def test_ignoring_the_end_of_text_goes_on_past_it(scripted):
-    model = scripted([b"a", b"b", b"c"])
-    sampling = SamplingConfig(max_new_tokens=5, ignore_eos=True)
-    (completion,) = model.complete(sampling, 1)
-    assert completion.token_ids == [1, 2, 3, 0, 0]
+    sampling = replace(SCRIPTED, max_new_tokens=5, ignore_eos=True)
+    (completion,) = scripted([b"a", b"b", b"c"]).complete(sampling, 1)
+    assert completion.token_ids == [1, 2, 16, 0, 0]
     assert (completion.text, completion.finish_reason) == ("bcaa", "length")
 
 
@@ -346,9 +331,9 @@ def test_one_new_token_is_the_first_of_more(
     assert {c.finish_reason for c in mine} == {"length"}
 
 
-def test_a_completion_ends_where_the_context_is_full(scripted):
-    model = scripted([b"ab"[i % 2 : i % 2 + 1] for i in range(120)])
-    first, second = model.complete(SamplingConfig(max_new_tokens=7), 97, 100)
+def test_a_completion_ends_where_the_context_of_101_is_full(scripted):
+    model = scripted([b"a", b"b"] * 60)
+    first, second = model.complete(SCRIPTED, 97, 100)
     assert (len(first.token_ids), first.finish_reason) == (4, "length")
     assert (len(second.token_ids), second.finish_reason) == (1, "length")
 
@@ -356,13 +341,10 @@ def test_a_completion_ends_where_the_context_is_full(scripted):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "prompt 1 has 0 tokens; give 1 to 100 .model.max_position_embeddings=101"),
-        ([1] * 101, "prompt 1 has 101 tokens; give 1 to 100"),
-        (
-            [1, 67],
-            "prompt 1 holds ids from 1 to 67; give ids below model.vocab_size=67",
-        ),
-        ([1, -1], "prompt 1 holds ids from -1 to 1"),
+        ([], "prompt 1 has 0 tokens; give 1 to 100 "),
+        ([1] * 101, "prompt 1 has 101 tokens; .* .model.max_position_embeddings=101"),
+        ([1, 67], "prompt 1 holds ids from 1 to 67; .* model.vocab_size=67"),
+        ([1, -1], "prompt 1 holds ids from -1 to 1; "),
     ],
 )
 def test_a_prompt_that_cannot_be_completed_is_named_before_any_work(
@@ -371,7 +353,3 @@ def test_a_prompt_that_cannot_be_completed_is_named_before_any_work(
     monkeypatch.delattr(Generator, "run")
     with pytest.raises(ValueError, match=message):
         model.generate([[1], prompt], SamplingConfig(), batch_size=1)
-
-
-def test_completions_start_empty():
-    assert Completion() == Completion("", [], [], [], "length")

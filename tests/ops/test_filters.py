@@ -106,9 +106,10 @@ def test_top_p_by_hand(p, expected):
     assert kept(actual) == [sorted(expected)]
 
 
-def test_top_p_of_equal_tokens_keeps_as_many_as_are_needed():
-    # Quarters and 0.625 are exact: two have mass 0.5, which is less, three 0.75.
-    assert len(kept(keep_top_p(row(7.0, 7.0, 7.0, 7.0), number(0.625)))[0]) == 3
+@pytest.mark.parametrize(("p", "count"), [(0.5, 2), (0.625, 3), (0.75, 3), (0.875, 4)])
+def test_top_p_of_equal_tokens_keeps_as_many_as_reach_p(p, count):
+    # Quarters are exact in float32: a mass equal to p is enough.
+    assert len(kept(keep_top_p(row(7.0, 7.0, 7.0, 7.0), number(p)))[0]) == count
 
 
 def test_top_p_of_1_keeps_tokens_whose_mass_vanishes_in_a_running_sum():
