@@ -59,12 +59,13 @@ def optimizer_config(kind: str) -> OptimizerConfig:
 
 
 def batches(vocab_size: int) -> dict[str, np.ndarray]:
-    """Returns `[steps, B, T]` batches with uneven masks."""
+    """Returns one batch with an uneven mask, once for each step: `[steps, B, T]`."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(vocab_size, size=(STEPS, ROWS, CONTEXT + 1)).astype(np.int32)
-    mask = rng.integers(2, size=(STEPS, ROWS, CONTEXT)).astype(np.float32)
-    mask[:, 5] = 0.0
-    return {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": mask}
+    tokens = rng.integers(vocab_size, size=(ROWS, CONTEXT + 1)).astype(np.int32)
+    mask = rng.integers(2, size=(ROWS, CONTEXT)).astype(np.float32)
+    mask[5] = 0.0
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask}
+    return {name: np.stack([array] * STEPS) for name, array in batch.items()}
 
 
 def train(config: LlamaConfig, mesh, kind: str):

@@ -63,8 +63,8 @@ class Llama(hk.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        key_valid: Bool[Array, "B T"] | None = None,
-        mask: Bool[Array, "B N T T"] | None = None,
+        key_valid: Bool[Array, "B S"] | None = None,
+        mask: Bool[Array, "B N T S"] | None = None,
         cache: Cache | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
@@ -80,7 +80,12 @@ class Llama(hk.Module):
         lengths: number of real tokens per row (the rest is padding); only the cache
             needs it, since causality hides right padding anyway.
         dropout_key: None in evaluation and generation, which turns dropout off.
+
+        S is the cache's capacity, or T without one. Raises ValueError for a `key_valid`
+        or `mask` of another S, and for segments with a cache.
         """
+        slots = tokens.shape[1] if cache is None else cache.capacity
+        _check_slots(slots, key_valid, mask, cache, segment_ids)
         attention_mask = AttentionMask(
             query_slots=None if cache is None else _slots(tokens, cache.lengths),
             key_valid=key_valid,
@@ -100,7 +105,6 @@ class Llama(hk.Module):
         x = lookup(table, tokens, config.compute_dtype)
         x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
         buffers = None if cache is None else (cache.keys, cache.values)
-        slots = tokens.shape[1] if cache is None else cache.capacity
         inputs = self._layer_inputs(keys[1], slots)
         x, buffers = self._layers((x, buffers), inputs, context)
         hidden = RMSNorm(config.rms_norm_eps, config.param_dtype, name="norm")(x)
@@ -149,6 +153,16 @@ class Llama(hk.Module):
 
 
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
+
+
+def _check_slots(slots, key_valid, mask, cache, segment_ids) -> None:
+    for name, given in (("key_valid", key_valid), ("mask", mask)):
+        if given is not None and given.shape[-1] != slots:
+            raise ValueError(
+                f"{name} has shape {given.shape}; its last axis must be {slots} slots"
+            )
+    if cache is not None and segment_ids is not None:
+        raise ValueError("segment_ids and a cache are both given; give one")
 
 
 def _slots(tokens, lengths):

@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 from relax.generation.generator import Request
 from relax.sampling import SamplingConfig
+
+GREEDY = SamplingConfig(temperature=0.0, tokens_per_dispatch=8)
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +20,9 @@ def model(stories):
 
 @pytest.fixture(scope="module")
 def perturbed(stories):
-    """Parameters that are wrong by three percent."""
-    return jax.tree.map(lambda leaf: leaf * 1.03, stories.params)
+    """Parameters whose last norm has its weights in the wrong order."""
+    weight = stories.params["llama/norm"]["weight"]
+    return {**stories.params, "llama/norm": {"weight": weight[::-1]}}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +63,8 @@ def compare_with_peer(stories, params, cases):
     count = 0
     for (penalty, eos_id), group in itertools.groupby(cases, settings):
         prompts, expected = zip(*rows(group), strict=True)
-        sampling = SamplingConfig(
-            temperature=0.0,
+        sampling = replace(
+            GREEDY,
             repetition_penalty=penalty,
             max_new_tokens=max(map(len, expected)),
         )
@@ -88,14 +91,13 @@ def test_greedy_tokens_are_those_of_transformers(stories, greedy_cases):
 
 
 def test_wrong_parameters_give_other_tokens(stories, perturbed, greedy_cases):
-    cases = [case for case in greedy_cases if case["name"] == "greedy_rep1.3"]
-    assert compare_with_peer(stories, stories.params, cases) == 1
+    cases = [case for case in greedy_cases if case["name"] == "greedy_eos_dot"]
     with pytest.raises(AssertionError):
         compare_with_peer(stories, perturbed, cases)
 
 
 def test_the_published_text_comes_back_whole_and_streamed(model, published):
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=256)
+    sampling = replace(GREEDY, max_new_tokens=256)
     (completion,) = model.generate([published[:1]], sampling)
     assert completion.token_ids == published[1:]
     start = "Once upon a time, there was a little girl named Lily. She loved to play"
@@ -104,9 +106,7 @@ def test_the_published_text_comes_back_whole_and_streamed(model, published):
 
 
 def test_text_goes_on_after_the_space_behind_its_prompt(model):
-    sampling = SamplingConfig(
-        temperature=0.0, max_new_tokens=256, stop_strings=["named Lily. She"]
-    )
+    sampling = replace(GREEDY, stop_strings=["named Lily. She"])
     prompt = "Once upon a time, there was a little"
     (completion,) = model.generate([prompt], sampling)
     assert completion.text == " girl "
@@ -114,7 +114,7 @@ def test_text_goes_on_after_the_space_behind_its_prompt(model):
 
 
 def assert_peer_logprobs(model, cases):
-    scores = model.score([case["ids"] for case in cases])
+    scores = model.score([case["ids"] for case in cases], batch_size=1)
     for case, score in zip(cases, scores, strict=True):
         assert score.token_ids == case["ids"]
         assert score.logprobs[0] is None
@@ -132,9 +132,8 @@ def test_scores_are_those_of_transformers(model, nll_cases):
     assert_peer_logprobs(model, list(nll_cases.values()))
 
 
-def test_wrong_parameters_give_other_scores(stories, perturbed, nll_cases):
-    model = stories.model()
-    model.params = perturbed
+def test_wrong_parameters_give_other_scores(model, perturbed, nll_cases, monkeypatch):
+    monkeypatch.setattr(model, "params", perturbed)
     with pytest.raises(AssertionError):
         assert_peer_logprobs(model, list(nll_cases.values()))
 

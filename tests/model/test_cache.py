@@ -163,3 +163,37 @@ def test_an_empty_cache_has_the_shape_and_dtype_of_its_model(make_config):
     assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
     assert cache.capacity == 13
     np.testing.assert_array_equal(cache.lengths, [0] * 5)
+
+
+@pytest.mark.parametrize("name, shape", [("key_valid", (B, 1)), ("mask", (B, 1, 1, 1))])
+def test_a_mask_that_does_not_cover_the_slots_is_an_error(small_model, name, shape):
+    model = small_model()
+    cache = empty_cache(model.config, B, CAPACITY)
+    given = {name: jnp.ones(shape, bool)}
+    with pytest.raises(ValueError, match=rf"{name} .* must be {CAPACITY} slots"):
+        model.forward(model.params, TOKENS[:, :1], cache=cache, **given)
+
+
+def test_a_mask_over_the_slots_hides_them_from_a_cached_query(small_model):
+    model = small_model()
+    out = model.forward(
+        model.params, TOKENS[:, :T], cache=empty_cache(model.config, B, CAPACITY)
+    )
+    hidden_slot = jnp.arange(CAPACITY) != 1
+    last = model.forward(
+        model.params,
+        TOKENS[:, T : T + 1],
+        cache=out.cache,
+        key_valid=jnp.broadcast_to(hidden_slot, (B, CAPACITY)),
+    ).hidden
+    plain = model.forward(model.params, TOKENS[:, T : T + 1], cache=out.cache).hidden
+    assert np.abs(last - plain).max() > 1e-3
+
+
+def test_segments_and_a_cache_together_are_an_error(small_model):
+    model = small_model()
+    cache = empty_cache(model.config, B, CAPACITY)
+    with pytest.raises(ValueError, match="segment_ids and a cache"):
+        model.forward(
+            model.params, TOKENS[:, :1], cache=cache, segment_ids=np.ones((B, 1), int)
+        )
