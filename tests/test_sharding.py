@@ -185,7 +185,10 @@ def eight_devices(make_config, tmp_path_factory) -> dict:
         **ALL_OPTIONS, hidden_size=24, num_hidden_layers=2, dropout=0.1
     )
     script = Path(__file__).with_name("sharding_script.py")
-    flags = "--xla_force_host_platform_device_count=8"
+    # Unoptimised programs compile in half the time.
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
     folder = tmp_path_factory.mktemp("run")
     ran = subprocess.run(
         [sys.executable, "-W", "error", script, json.dumps(asdict(config)), folder],
@@ -207,7 +210,7 @@ def test_training_gives_the_same_losses_on_every_mesh(kind, mesh, eight_devices)
     alone = eight_devices["losses"][f"{kind} single"]
     found = eight_devices["losses"][f"{kind} {mesh}"]
     assert len(found) == 10
-    assert alone[0] - alone[-1] > 0.01
+    assert alone[0] - alone[-1] > 0.5
     np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
 
 
@@ -215,7 +218,7 @@ def test_training_gives_the_same_losses_on_every_mesh(kind, mesh, eight_devices)
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_sampling_gives_the_same_tokens_on_every_mesh(mesh, eight_devices):
     alone = eight_devices["completions"]["single"]
-    assert [len(tokens) for tokens in alone] == [7] * 6
+    assert [len(tokens) for tokens in alone] == [7] * 3
     assert eight_devices["completions"][mesh] == alone
 
 

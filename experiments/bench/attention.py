@@ -10,13 +10,14 @@ of it; ReLax runs its calls in a compiled loop and PyTorch one by one, as in gen
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from common import MEBIBYTE, load, median, speed_ratio, take_turns, use_cores
+from common import MEBIBYTE, load, speed_ratio, take_turns, use_cores
 from torch.nn.functional import scaled_dot_product_attention
 
 from relax.config import to_dataclass

@@ -3,7 +3,7 @@
 import importlib
 import multiprocessing
 import os
-import resource
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -71,7 +71,7 @@ def take_turns(
 
 
 def speed_ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Returns how many times faster than `theirs` ours is: median (least to most)."""
+    """Returns the speed of `ours` in that of `theirs`: median (least to most)."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -79,8 +79,7 @@ def speed_ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 def peak_memory(module: str, config: dict[str, Any], steps: int) -> tuple[int, int]:
     """Returns bytes: the peak of a fresh process over `steps`, and of its imports.
 
-    `module` holds a side's TrainStep. Call this before this process imports much: a
-    child's peak starts from what its parent held.
+    `module` holds a side's TrainStep.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -95,4 +94,6 @@ def _peaks(module: str, config: dict[str, Any], steps: int) -> tuple[int, int]:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Returns this program's peak resident bytes; getrusage gives its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024

@@ -23,8 +23,8 @@ from relax_side import TrainStep
 TOP = 30
 IDLE = "dispatch and waiting"
 
-# The first that fits: a part of JAX's name of the operation, or of a file or function
-# on its stack.
+# The first that fits: a part of JAX's path of the operation, of a file and function on
+# its stack, or, after a %, of its own name.
 KINDS = (
     ("/mlp/gate_proj", "mlp projections"),
     ("/mlp/up_proj", "mlp projections"),
@@ -43,6 +43,8 @@ KINDS = (
     ("layers.py:lookup", "embedding"),
     ("optax/transforms/_clipping.py", "clip"),
     ("optax/", "optimizer"),
+    ("%copy", "zeros and copies of the loops' buffers"),
+    ("%wrapped_broadcast", "zeros and copies of the loops' buffers"),
     ("dynamic_update_slice", "activations kept for the backward pass"),
     ("dynamic_slice", "activations kept for the backward pass"),
     ("relax/steps.py:one_step", "the step's own sums and metrics"),
@@ -129,7 +131,7 @@ def find_intervals(
 
 
 def divide(intervals: list[Interval]) -> Counter:
-    """Returns microseconds per operation, and per IDLE, from first start to last end."""
+    """Returns microseconds per operation, those of none as IDLE, start to end."""
     edges = [(interval.start, 1, interval.name) for interval in intervals]
     edges += [(interval.end, -1, interval.name) for interval in intervals]
     edges.sort()
@@ -150,7 +152,7 @@ def divide(intervals: list[Interval]) -> Counter:
 
 def kind_of(operation: Operation) -> str:
     """Returns what an operation is for, and whether forward or backward."""
-    places = [operation.path]
+    places = [operation.path, f"%{operation.name}"]
     places += [f"{frame.file}:{frame.function}" for frame in operation.frames]
     for part, kind in KINDS:
         if any(part in place for place in places):

@@ -76,13 +76,15 @@ class TrainStep:
         """Returns copies of the weights, as transformers names and lays them out."""
         named = {}
         for module, leaves in unstack_layers(self._state.params).items():
-            name = module.replace("llama/", "model.").replace(
-                "model.lm_head", "lm_head"
-            )
-            name = name.replace("layers_", "layers.").replace("/block/", ".")
             weight = np.array(leaves["weight"])
-            if name.endswith("_proj"):
-                inputs = 2 if name.endswith("o_proj") else 1
+            if module.endswith("_proj"):
+                inputs = 2 if module.endswith("o_proj") else 1
                 weight = weight.reshape(math.prod(weight.shape[:inputs]), -1).T
-            named[f"{name.replace('/', '.')}.weight"] = weight
+            named[_transformers_name(module)] = weight
         return named
+
+
+def _transformers_name(module: str) -> str:
+    name = module.removeprefix("llama/").replace("/block/", ".").replace("/", ".")
+    name = name.replace("layers_", "layers.")
+    return f"{name}.weight" if name == "lm_head" else f"model.{name}.weight"

@@ -7,13 +7,13 @@ compare, those of two runs need not.
 
 import sys
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from common import (
     MEBIBYTE,
     load,
     make_batch,
-    median,
     peak_memory,
     speed_ratio,
     take_turns,
@@ -28,7 +28,6 @@ def main(overrides: list[str]) -> None:
     """Runs the benchmark of train_step.yaml and prints its figures."""
     config = load("train_step", overrides)
     use_cores(config["threads"])
-    # Before this process imports JAX and PyTorch itself.
     peaks = {
         name: peak_memory(module, config, config["memory_steps"])
         for name, module in MODULES.items()
@@ -78,7 +77,8 @@ def report(config, seconds, peaks) -> None:
     for name, times in seconds.items():
         middle = median(times)
         print(
-            f"{name:22}{rows * width / middle:9,.0f} tokens/s{middle * 1e3:9.1f} ms/step"
+            f"{name:22}{rows * width / middle:9,.0f} tokens/s"
+            f"{middle * 1e3:9.1f} ms/step"
         )
     ours, *theirs = seconds
     for name in theirs:

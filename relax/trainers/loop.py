@@ -90,7 +90,7 @@ class Loop:
         pending = None
         # All at once: a rate computed between two dispatches waits for the later one.
         every_step = jnp.arange(self._config.num_steps)
-        self._rates = np.asarray(jax.vmap(self._task.schedule)(every_step))
+        self._rates = np.asarray(jax.jit(jax.vmap(self._task.schedule))(every_step))
         with self._signals(), self._profiler():
             self._read_at = time.perf_counter()
             while step < self._config.num_steps:

@@ -20,9 +20,9 @@ def model(stories):
 
 @pytest.fixture(scope="module")
 def perturbed(stories):
-    """Parameters whose last norm has its weights in the wrong order."""
+    """Parameters whose last norm has the wrong sign."""
     weight = stories.params["llama/norm"]["weight"]
-    return {**stories.params, "llama/norm": {"weight": weight[::-1]}}
+    return {**stories.params, "llama/norm": {"weight": -weight}}
 
 
 @pytest.fixture(scope="module")

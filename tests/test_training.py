@@ -1,0 +1,108 @@
+"""A run that is taken back to an earlier step, and one that can't be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from relax import training
+from relax.checkpoints.native import RunCheckpoints
+from relax.config import load_config, to_values
+
+CONF = Path(__file__).parents[1] / "conf"
+SMALL = (
+    "model.num_hidden_layers=1",
+    "model.hidden_size=20",
+    "model.intermediate_size=28",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=1",
+    "data=text",
+    "optimizer=lion",
+    "optimizer.warmup_steps=1",
+    "trainer.num_steps=6",
+    "trainer.batch_size=2",
+    "trainer.context=11",
+    "trainer.eval_every=2",
+    "trainer.keep_last=3",
+    "trainer.sample_tokens=0",
+    "name=small",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of six steps with checkpoints at 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 7)
+    places = (
+        f"data.path={folder}/text.txt",
+        f"data.cache_dir={folder}/cache",
+        f"run_folder={folder}/run",
+    )
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = to_values(compose("train", overrides=[*SMALL, *places]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "configure", lambda config: None)
+        training.start(config)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of the run."""
+    monkeypatch.setattr(training, "configure", lambda config: None)
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def steps(run: Path) -> list[int]:
+    with RunCheckpoints(run, read_only=True) as checkpoints:
+        return checkpoints.steps()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.hidden_size": 24}, "saved with another configuration"),
+        (
+            {"trainer.num_steps": 4},
+            "is at step 4, trainer.num_steps=4: nothing is left",
+        ),
+        ({"mesh.tensor": 7919}, "mesh.tensor=7919 needs 7919 devices"),
+    ],
+)
+def test_a_step_that_cannot_be_resumed_costs_no_later_one(run, changes, message):
+    before = load_config(run / "config.yaml")
+    with pytest.raises(ValueError, match=message):
+        training.resume(f"{run}@4", changes)
+    assert steps(run) == [2, 4, 6]
+    assert load_config(run / "config.yaml") == before
+
+
+def test_an_earlier_step_takes_the_run_back(run, finished):
+    training.resume(f"{run}@2", {"trainer.eval_every": 0})
+    assert steps(run) == [2, 6]
+    config = load_config(finished / "config.yaml")
+    config["trainer"]["eval_every"] = 0
+    assert load_config(run / "config.yaml") == config
+
+
+def test_a_finished_run_named_without_a_step_is_at_its_last(run):
+    with pytest.raises(ValueError, match=r"is at step 6, .* nothing is left"):
+        training.resume(str(run), {})
+
+
+def test_the_best_step_is_taken_where_it_is_asked_for(run):
+    metrics = run / "checkpoints" / "2" / "metrics" / "metrics"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"val_loss": 0.0}))
+    with pytest.raises(ValueError, match=r"is at step 2, .*=2: nothing is left"):
+        training.resume(f"{run}@best", {"trainer.num_steps": 2})
+    with pytest.raises(ValueError, match=r"is at step 6, .*=2: nothing is left"):
+        training.resume(str(run), {"trainer.num_steps": 2})
+
+
+def test_a_new_run_takes_no_folder_from_another(tmp_path):
+    made = [training.make_run_folder(tmp_path / "runs" / "a") for _ in range(3)]
+    assert [folder.name for folder in made] == ["a", "a-1", "a-2"]
+    assert all(folder.is_dir() for folder in made)
