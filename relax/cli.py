@@ -27,5 +27,5 @@ def exit_on_error(function: Callable[[], None]) -> None:
         logger.debug("raised here:", exc_info=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        logger.warning("interrupted; the last checkpoint is kept")
+        logger.warning("interrupted; checkpoints are kept")
         sys.exit(130)

@@ -49,6 +49,7 @@ class LanguageModel:
     def __init__(
         self, config: LlamaConfig, params: Params, tokenizer: Tokenizer, mesh: Mesh
     ):
+        """`params` live on `mesh`, laid out as `relax.load` does it."""
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
@@ -97,7 +98,7 @@ class LanguageModel:
         Raises ValueError for an empty text, for one longer than the context and for
         ids that the model does not have.
         """
-        rows = [self._encode(text) for text in texts]
+        rows = self._encode_all(texts)
         for index, row in enumerate(rows):
             check_tokens(f"text {index}", row, self.config)
         scores = []
@@ -119,8 +120,8 @@ class LanguageModel:
         """
         sampling = sampling or SamplingConfig()
         requests = [
-            Request(tuple(self._encode(prompt)), index, sample)
-            for index, prompt in enumerate(prompts)
+            Request(tuple(prompt), index, sample)
+            for index, prompt in enumerate(self._encode_all(prompts))
             for sample in range(sampling.num_return_sequences)
         ]
         for request in requests:
@@ -151,6 +152,11 @@ class LanguageModel:
             if piece := completion.text[sent:]:
                 yield piece
             sent += len(piece)
+
+    def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ValueError(f"{prompts[:40]!r} is one text; give a list of texts")
+        return [self._encode(prompt) for prompt in prompts]
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Returns ids: those given, or the text's after the tokenizer's first token."""

@@ -12,7 +12,7 @@ from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 
 B, T, V = 2, 7, 257
 TOKENS = np.random.default_rng(0).integers(0, 256, (B, T))
-# Logits reach 10; other orders of float32 sums move them by up to 3e-6.
+# Logits reach 6; other orders of float32 sums move them by up to 3e-6.
 TOLERANCE = 2e-5
 
 
@@ -184,3 +184,9 @@ def test_new_parameters_take_effect(model, monkeypatch):
     monkeypatch.setattr(model, "params", doubled)
     (after,) = model.generate(["ab"], NEW)
     assert before.token_ids != after.token_ids
+
+
+def test_a_bare_text_where_a_list_belongs_is_an_error(model):
+    for method in (model.generate, model.score):
+        with pytest.raises(ValueError, match="'abc' is one text; give a list"):
+            method("abc")

@@ -54,6 +54,7 @@ SMOKE = (*SMALL, "debug=smoke", "optimizer=adamw", UNOPTIMISED)
 # Runs a program as `python program.py ...` would, after {patch}.
 DRIVER = """
 import os, runpy, signal, sys
+from relax import training
 from relax.checkpoints.native import RunCheckpoints
 from relax.data.windows import TrainingBatches
 from relax.tracking.tracker import Tracker
@@ -200,6 +201,7 @@ def error_line(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 def test_a_run_folder_holds_all_that_a_reader_needs(whole):
     assert {path.name for path in whole.iterdir()} == {
         *("config.yaml", "versions.yaml", "tokenizer", "checkpoints"),
@@ -258,6 +260,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(work, whole, tmp_path
     assert differences(folder, whole) == set()
 
 
+@pytest.mark.slow
 def test_sigint_saves_the_step_reached(stopped):
     folder, stderr = stopped
     assert stderr.splitlines()[-1] == (
@@ -288,11 +291,12 @@ def test_sigterm_saves_and_resumes_like_sigint(work, whole, tmp_path):
     assert differences(folder, whole) == set()
 
 
+@pytest.mark.slow
 def test_a_second_sigint_stops_at_once(work, tmp_path):
     driver = "send_at(Tracker, 'log_step', 13, signal.SIGINT, signal.SIGINT)"
     folder = tmp_path / "run"
     done = work.train(*RUN, f"run_folder={folder}", driver=driver, code=130)
-    assert done.stderr.splitlines()[-1] == "interrupted; the last checkpoint is kept"
+    assert done.stderr.splitlines()[-1] == "interrupted; checkpoints are kept"
     assert max(checkpoint_steps(folder)) == 12
 
 
@@ -340,6 +344,7 @@ def test_latest_is_resumed_and_extended(work, whole, tmp_path):
     assert steps == list(range(1, 24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -349,20 +354,13 @@ def test_latest_is_resumed_and_extended(work, whole, tmp_path):
         ("experiment=shakespeare_tiny", "experiment=shakespeare_tiny: a resumed run"),
         ("run_folder=elsewhere", "run_folder=elsewhere: a resumed run goes on in its"),
         ("tokenizer.kind=bytes", "tokenizer.kind=bytes: a resumed run keeps its tok"),
-        ("optimizer.momentun=1", "optimizer.momentun"),
     ],
 )
 def test_what_a_resume_cannot_do_is_said_in_one_line(work, whole, override, message):
     before = snapshot(whole)
     done = work.resume(whole, *([override] if override else []), code=1)
-    if override != "optimizer.momentun=1":  # this one Hydra refuses, at length
-        assert message in error_line(done)
+    assert message in error_line(done)
     assert snapshot(whole) == before
-
-
-def test_a_resume_of_nothing_names_the_option(work, tmp_path):
-    line = error_line(work.resume(tmp_path / "none", code=1))
-    assert line.startswith(f"resume={tmp_path}/none: no complete checkpoint in ")
 
 
 POISON = """
@@ -382,6 +380,7 @@ def strict_rows(path: Path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_poisoned_step_ends_the_run_and_keeps_the_checkpoint_before(work, tmp_path):
     folder = tmp_path / "run"
     done = work.train(*RUN, f"run_folder={folder}", driver=POISON, code=1)
@@ -406,61 +405,26 @@ def test_a_rate_without_bounds_is_stopped(work, tmp_path):
 
 @pytest.mark.slow
 def test_the_runs_of_a_sweep_do_not_collide(work, tmp_path):
-    work.train("-m", *SMOKE, "optimizer.learning_rate=1e-3,3e-3", cwd=tmp_path)
-    folders = [path.parent for path in tmp_path.rglob("config.yaml")]
-    assert len(folders) == 2
-    assert {folder.parent for folder in folders} == {tmp_path / "runs/pretrain_tiny"}
+    work.train(
+        *("-m", *SMOKE, "optimizer.learning_rate=1e-3,3e-3"),
+        "run_folder=runs/rates/one",  # of both, as two that start in one second
+        cwd=tmp_path,
+    )
+    folders = sorted(path.parent for path in tmp_path.rglob("config.yaml"))
+    assert folders == [tmp_path / "runs/rates/one", tmp_path / "runs/rates/one-1"]
     configs = [load_config(folder / "config.yaml") for folder in folders]
-    rates = {config["optimizer"]["learning_rate"] for config in configs}
-    assert rates == {1e-3, 3e-3}
+    rates = [config["optimizer"]["learning_rate"] for config in configs]
+    assert rates == [1e-3, 3e-3]
     assert [checkpoint_steps(folder) for folder in folders] == [[2], [2]]
 
 
-def changed(config: dict, path: str, value) -> dict:
-    """Returns the config with the value at a dotted path replaced."""
-    head, _, rest = path.partition(".")
-    return config | {head: changed(config[head], rest, value) if rest else value}
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("data.path", "/no/such/file.txt"),
-        ("optimizer.warmup_steps", 20),
-        ("trainer.context", 129),
-        ("trainer.sample_prompt", ""),
-        ("mesh.tensor", 7919),
-        ("model.vocab_size", 7),
-    ],
-)
-def test_a_failure_before_training_leaves_no_folder(
-    whole, tmp_path, monkeypatch, path, value
-):
-    monkeypatch.setattr(training, "configure", lambda config: None)
-    config = changed(load_config(whole / "config.yaml"), path, value)
-    config["run_folder"] = str(tmp_path / "run")
-    with pytest.raises((ValueError, OSError)) as raised:
-        training.start(config)
-    assert path in str(raised.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupt_before_training_leaves_no_folder(whole, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "configure", lambda config: None)
-    monkeypatch.setattr(training, "init_train_state", interrupted)
-    config = load_config(whole / "config.yaml") | {"run_folder": str(tmp_path / "run")}
-    with pytest.raises(KeyboardInterrupt):
-        training.start(config)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_user_error_is_one_line_and_code_1(work, tmp_path):
-    overrides = ("data.path=/no/such/file.txt", f"run_folder={tmp_path}/run")
-    line = error_line(work.run("train.py", *SMOKE, "data=text", *overrides, code=1))
-    assert line.startswith("data.path=/no/such/file.txt names no file;")
+def test_an_interrupt_before_training_leaves_no_folder(work, tmp_path):
+    driver = """
+training.init_train_state = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+"""
+    overrides = (*SMOKE, f"run_folder={tmp_path}/run")
+    done = work.train(*overrides, driver=driver, code=130)
+    assert error_line(done) == "interrupted; checkpoints are kept"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -503,11 +467,6 @@ def test_infer_writes_texts_alone_to_stdout(work, whole, tmp_path):
     assert [row["prompt"] for row in rows] == ["O", "To be", "Speak, speak."]
     assert rows[1]["completion"] == completion
     assert [len(row["token_ids"]) for row in rows] == [13, 13, 13]
-
-
-def test_infer_refuses_in_one_line(work, tmp_path):
-    line = error_line(work.infer(tmp_path, "prompt=To be", code=1))
-    assert line.startswith(f"checkpoint={tmp_path}: no complete checkpoint in ")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from relax.text.tokenizers import SentencePieceTokenizer
 LENGTHS = (3, 7, 41, 67)
 SAMPLES = 2
 SCRIPTED = SamplingConfig(temperature=0.0, max_new_tokens=29)
+UNFILTERED = SamplingConfig(temperature=0.8, max_new_tokens=23, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,10 @@ def test_logprobs_are_those_of_scoring(model, requests, completions):
 
 
 def test_a_shifted_position_is_a_mismatch(
-    model, model_with_shifted_positions, requests, sampled
+    model, model_with_shifted_positions, requests
 ):
     broken = model_with_shifted_positions._generator
-    completions = broken.run(model.params, requests[:1], sampled)
+    completions = broken.run(model.params, requests[:1], UNFILTERED)
     with pytest.raises(AssertionError):
         assert_logprobs_are_those_of_scoring(model, requests[:1], completions)
 
@@ -75,8 +76,8 @@ def test_a_temperature_in_the_logprobs_is_a_mismatch(
         return choice._replace(logprobs=choice.sampled_logprobs)
 
     monkeypatch.setattr("relax.generation.decode.choose_tokens", tempered)
-    sampling = SamplingConfig(max_new_tokens=23, temperature=0.8, ignore_eos=True)
-    completions = make_model()._generator.run(model.params, requests[:1], sampling)
+    broken = make_model()._generator
+    completions = broken.run(model.params, requests[:1], UNFILTERED)
     with pytest.raises(AssertionError):
         assert_logprobs_are_those_of_scoring(model, requests[:1], completions)
 
@@ -138,8 +139,8 @@ def test_every_filter_counts_in_the_sampled_logprobs(
 
 
 def assert_same_in_any_company(run, requests, completions):
-    """Checks rows alone, in smaller batches, in a shorter one and in other slots."""
-    for rows in ([0], [4], [0, 1, 2, 3], [3, 7, 1, 6], [7, 6, 5, 4, 3, 2, 1, 0]):
+    """Checks rows alone, where less is padded, in smaller batches and other slots."""
+    for rows in ([0], [4], [3, 7, 1, 6], [7, 6, 5, 4, 3, 2, 1, 0]):
         others = run([requests[row] for row in rows])
         for row, other in zip(rows, others, strict=True):
             assert other.token_ids == completions[row].token_ids
@@ -166,6 +167,7 @@ def test_keys_by_row_number_are_seen_in_other_company(
 
 
 def test_batch_size_changes_no_completion(model, prompts, completions, sampled):
+    """The first batch of four is shorter than the second, and than that of eight."""
     sampling = replace(sampled, num_return_sequences=SAMPLES)
     mine = model.generate(prompts, sampling, batch_size=4)
     assert [c.token_ids for c in mine] == [c.token_ids for c in completions]
