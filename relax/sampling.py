@@ -18,9 +18,9 @@ class SamplingConfig:
     temperature: 0 takes the most likely token. top_k 0, top_p 1, min_p 0 and
     repetition_penalty 1 are off. stop_strings end a completion and are left out of its
     text. ignore_eos goes on past the end of text. seed: a row's random key is folded
-    from it, the input's index, the sample's index and the position, so that the row, the
-    batch and the other prompts change nothing. tokens_per_dispatch: how many tokens the
-    device makes before the host looks at them; it changes no token.
+    from it, the input's index, the sample's index and the position, so that the row,
+    the batch and the other prompts change nothing. tokens_per_dispatch: how many tokens
+    the device makes before the host looks at them; it changes no token.
     """
 
     max_new_tokens: int = 256

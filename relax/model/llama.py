@@ -102,7 +102,9 @@ class Llama(hk.Module):
         context = Context(cos, sin, attention_mask, self.attention, self.constrain)
         table = self._embed("embed_tokens")()
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = lookup(table, tokens, config.compute_dtype)
+        # A lookup in a table split along its width would gather all of it late.
+        rows = self.constrain(table, ("vocab", None))
+        x = lookup(rows, tokens, config.compute_dtype)
         x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
         buffers = None if cache is None else (cache.keys, cache.values)
         inputs = self._layer_inputs(keys[1], slots)
