@@ -48,8 +48,11 @@ def to_values(config: DictConfig) -> dict[str, Any]:
 
 
 def save_config(values: Mapping[str, Any], path: Path) -> None:
-    """Writes plain values as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(values))), encoding="utf-8")
+    """Writes plain values as YAML, all of them or none."""
+    partial = path.with_name(f"{path.name}.partial")
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def load_config(path: Path) -> dict[str, Any]:
