@@ -1,5 +1,6 @@
 """Every command and every line of Python in the README runs as it is written."""
 
+import json
 import os
 import re
 import shlex
@@ -87,6 +88,9 @@ def test_the_resume_commands(workplace):
     for steps, command in enumerate(c for c in programs("train.py") if "resume" in c):
         extra = [f"trainer.num_steps={3 + steps}", "trainer.eval_every=0"]
         run(re.sub(r"trainer.num_steps=\d+", "", command), workplace, extra)
+        metrics = workplace.glob("runs/*/*/metrics.jsonl")
+        newest = max(metrics, key=lambda path: path.stat().st_mtime)
+        assert json.loads(newest.read_text().splitlines()[-1])["step"] == 3 + steps
 
 
 @pytest.mark.slow
