@@ -9,8 +9,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from relax.checkpoints.native import RunCheckpoints, resolve_run
+from relax.checkpoints.pretrained import (
+    AUTO,
+    check_dtype,
+    find_pretrained,
+    open_pretrained,
+)
 from relax.config import to_dataclass
-from relax.language_model import LanguageModel
+from relax.language_model import (
+    TOKENIZER_FOLDER,
+    LanguageModel,
+    Origin,
+    check_vocabulary,
+)
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
 from relax.model.parameters import parameter_shapes
@@ -22,11 +33,11 @@ from relax.sharding import (
     state_shardings,
 )
 from relax.steps import init_state
+from relax.text.chat import load_template
+from relax.text.folder import load_folder_tokenizer
 from relax.text.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FOLDER = "tokenizer"
 
 
 def with_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -66,23 +77,65 @@ def abstract_train_state(config: LlamaConfig, optimizer, mesh: Mesh):
     return _with_shardings(state, state_shardings(mesh, state, shardings))
 
 
-def load(path: str | Path, mesh: MeshConfig | None = None) -> LanguageModel:
-    """Returns the model of a run: `latest`, a run folder, or one of its checkpoints.
+def load(
+    path: str | Path, mesh: MeshConfig | None = None, dtype: str | None = None
+) -> LanguageModel:
+    """Returns the model of a checkpoint, with its tokenizer and its chat template.
 
-    `@best`, `@last` or `@<step>` may follow the path. Raises FileNotFoundError where
-    there is no checkpoint.
+    path: a run (`latest`, its folder, or one of its checkpoints; `@best`, `@last` or
+    `@<step>` may follow), a Hugging Face folder, Meta's original folder, or a hub id
+    `owner/name[@revision]`. dtype: of parameters and computation; None is that of the
+    run, and for released checkpoints float32 on CPU and the file's elsewhere; "auto"
+    keeps the file's. Raises FileNotFoundError where there is no checkpoint, ValueError
+    where it is damaged or of an unknown kind.
     """
-    folder, name = resolve_run(str(path))
+    devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
+    if (folder := find_pretrained(str(path))) is not None:
+        return _load_pretrained(folder, devices, dtype)
+    return _load_run(str(path), devices, dtype)
+
+
+def _load_pretrained(folder: Path, mesh: Mesh, dtype: str | None) -> LanguageModel:
+    checkpoint = open_pretrained(folder, dtype, jax.default_backend())
+    # Tokenizer and template first: they are read at once, and may not fit.
+    tokenizer = load_folder_tokenizer(folder)
+    template = None if tokenizer is None else load_template(folder, tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(checkpoint.config, tokenizer)
+    shapes = parameter_shapes(checkpoint.config)
+    params = checkpoint.load_params(parameter_shardings(mesh, shapes))
+    return LanguageModel(
+        checkpoint.config,
+        params,
+        tokenizer,
+        mesh,
+        chat_template=template,
+        origin=Origin(
+            checkpoint.stop_ids, checkpoint.config_json, checkpoint.generation_json
+        ),
+    )
+
+
+def _load_run(reference: str, mesh: Mesh, dtype: str | None) -> LanguageModel:
+    check_dtype(dtype)
+    folder, name = resolve_run(reference)
     with RunCheckpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.step_named(name)
         logger.info("checkpoint: step %d (%s) of %s", step, name, folder)
-        config = to_dataclass(LlamaConfig, checkpoints.info(step)["model"], "model")
-        devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
+        info = checkpoints.info(step)
+        config = to_dataclass(LlamaConfig, info["model"], "model")
+        if dtype not in (None, AUTO):
+            config = replace(config, param_dtype=dtype, compute_dtype=dtype)
         shapes = parameter_shapes(config)
-        placed = _with_shardings(shapes, parameter_shardings(devices, shapes))
+        placed = _with_shardings(shapes, parameter_shardings(mesh, shapes))
         params = checkpoints.restore_params(step, placed)
-    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-    return LanguageModel(config, params, tokenizer, devices)
+    folder = folder / TOKENIZER_FOLDER
+    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    template = None if tokenizer is None else load_template(folder, tokenizer)
+    origin = Origin(**info.get("origin", {}))
+    return LanguageModel(
+        config, params, tokenizer, mesh, chat_template=template, origin=origin
+    )
 
 
 def checkpoint_info(config: LlamaConfig) -> dict:

@@ -12,17 +12,17 @@ logger = logging.getLogger("relax")
 def exit_on_error(function: Callable[[], None]) -> None:
     """Runs `function`; ends the process with a code where it can't go on.
 
-    A ValueError or an OSError is the user's to mend: its message is logged in one line
-    (hydra.verbose=relax shows where it came from) and the code is 1. A run that a
-    signal stopped, its state saved, ends with 128 plus the signal's number. Any other
-    exception is ours, and is raised.
+    A ValueError, an OSError or a missing package is the user's to mend: its message is
+    logged in one line (hydra.verbose=relax shows where it came from) and the code is 1.
+    A run that a signal stopped, its state saved, ends with 128 plus the signal's
+    number. Any other exception is ours, and is raised.
     """
     try:
         function()
     except Stopped as stopped:
         logger.warning("%s", stopped)
         sys.exit(stopped.exit_code)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         logger.error("%s", " ".join(str(error).split()))
         logger.debug("raised here:", exc_info=True)
         sys.exit(1)

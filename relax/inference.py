@@ -8,9 +8,14 @@ from relax.config import to_dataclass
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
 from relax.sharding import MeshConfig
-from relax.tasks import generate
+from relax.tasks import chat, export, generate, score
 
-TASKS = {"generate": (generate.GenerateConfig, generate)}
+TASKS = {
+    "generate": (generate.GenerateConfig, generate),
+    "chat": (chat.ChatConfig, chat),
+    "score": (score.ScoreConfig, score),
+    "export": (export.ExportConfig, export),
+}
 
 
 def start(config: Mapping[str, Any]) -> None:
@@ -25,7 +30,7 @@ def start(config: Mapping[str, Any]) -> None:
         )
     config_class, task = TASKS[kind]
     known = {
-        *("checkpoint", "prompt", "prompts_file", "output_path"),
+        *("checkpoint", "dtype", "prompt", "prompts_file", "output_path"),
         *("task", "sampling", "mesh", "runtime"),
     }
     if unknown := sorted(set(config) - known):
@@ -37,4 +42,6 @@ def start(config: Mapping[str, Any]) -> None:
     mesh = to_dataclass(MeshConfig, config["mesh"], "mesh")
     configure(to_dataclass(RuntimeConfig, config["runtime"], "runtime"))
     task.check(task_config)
-    task.run(task_config, load(config["checkpoint"], mesh), sampling)
+    dtype = config["dtype"] or getattr(task, "DTYPE", None)
+    model = load(config["checkpoint"], mesh, dtype)
+    task.run(task_config, model, sampling)

@@ -1,7 +1,9 @@
 """LanguageModel: a trained model as a researcher uses it from a notebook."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +11,29 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from relax.checkpoints.hf_export import NewFolder, write_model
+from relax.checkpoints.native import RunCheckpoints
 from relax.generation.generator import (
     Completion,
     Generator,
     Request,
     check_tokens,
 )
+from relax.generation.session import Session
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
-from relax.model.parameters import Params
+from relax.model.parameters import Params, resize_vocabulary
 from relax.ops.logprobs import compute_logits
 from relax.sampling import SamplingConfig
-from relax.sharding import batch_multiple, make_constrain
+from relax.sharding import batch_multiple, make_constrain, parameter_shardings
 from relax.steps import make_logprob_step
+from relax.text.chat import ChatTemplate
 from relax.text.tokenizers import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 STREAM_CHUNK = 8
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -39,26 +47,73 @@ class Score:
     logprobs: list[float | None]
 
 
-class LanguageModel:
-    """A model with its parameters and tokenizer.
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint said besides its model, kept for the next one.
 
-    `config`, `params` and `tokenizer` are plain attributes; the compiled functions
-    take `params` anew at each call, so that they may be replaced.
+    stop_ids end a text. config_json, generation_json: of the released folder that the
+    model came from ({} for a model trained here).
+    """
+
+    stop_ids: tuple[int, ...] = ()
+    config_json: Mapping[str, Any] | None = None
+    generation_json: Mapping[str, Any] | None = None
+
+
+class LanguageModel:
+    """A model with its parameters, and its tokenizer and chat template if it has them.
+
+    `config`, `params`, `tokenizer` and `chat_template` are plain attributes; the
+    compiled functions take `params` anew at each call, so that they may be replaced.
+    A prompt is a text, a list of token ids, or a list of chat messages.
     """
 
     def __init__(
-        self, config: LlamaConfig, params: Params, tokenizer: Tokenizer, mesh: Mesh
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokenizer: Tokenizer | None,
+        mesh: Mesh,
+        *,
+        chat_template: ChatTemplate | None = None,
+        origin: Origin | None = None,
     ):
-        """`params` live on `mesh`, laid out as `relax.load` does it."""
+        """`params` live on `mesh`, laid out as `relax.load` does it.
+
+        Raises ValueError where the tokenizer has ids that the model lacks.
+        """
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
-        self._multiple = batch_multiple(mesh)
-        apply = make_llama(config, make_constrain(mesh)).apply
+        self.chat_template = chat_template
+        self.mesh = mesh
+        self.origin = origin or Origin()
+        self._compile()
+
+    def _compile(self) -> None:
+        config, tokenizer = self.config, self.tokenizer
+        if tokenizer is not None:
+            check_vocabulary(config, tokenizer)
+        multiple = batch_multiple(self.mesh)
+        apply = make_llama(config, make_constrain(self.mesh)).apply
+        self._multiple = multiple
         self._apply_logits = jax.jit(_logits_function(apply, config.vocab_size))
+        self._apply_capture = jax.jit(_capture_function(apply), static_argnums=1)
         self._logprob_step = make_logprob_step(apply, config.vocab_size)
-        stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self._generator = Generator(apply, config, tokenizer, stop_ids, self._multiple)
+        self._generator = Generator(apply, config, tokenizer, self.stop_ids, multiple)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion: the checkpoint's, tokenizer's and template's.
+
+        The template's is what it writes after an assistant's turn.
+        """
+        ids = set(self.origin.stop_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_id is not None:
+            ids.add(self.tokenizer.eos_id)
+        if self.chat_template is not None and self.tokenizer is not None:
+            ids.update(self.chat_template.end_of_turn(self.tokenizer)[0])
+        return tuple(sorted(ids))
 
     def logits(
         self,
@@ -74,23 +129,26 @@ class LanguageModel:
         ValueError for other shapes.
         """
         tokens = jnp.asarray(tokens)
-        B, T = tokens.shape
-        key_valid, positions, mask = None, None, None
-        if lengths is not None:
-            key_valid = jnp.arange(T) < jnp.asarray(lengths)[:, None]
-        if attention_mask is not None:
-            given = jnp.asarray(attention_mask).astype(bool)
-            if given.shape == (B, T):
-                key_valid = given if key_valid is None else key_valid & given
-                positions = jnp.maximum(jnp.cumsum(given, axis=1) - 1, 0)
-            elif given.shape == (B, T, T):
-                mask = given[:, None]
-            else:
-                raise ValueError(
-                    f"attention_mask has shape {given.shape}; for tokens {(B, T)} give "
-                    f"{(B, T)} or {(B, T, T)}"
-                )
-        return self._apply_logits(self.params, tokens, positions, key_valid, mask)
+        inputs = _visibility(tokens, lengths, attention_mask)
+        return self._apply_logits(self.params, tokens, inputs)
+
+    def activations(
+        self,
+        tokens: Int[Array, "B T"],
+        sites: Sequence[str],
+        lengths: Int[Array, "B"] | None = None,
+        attention_mask: Bool[Array, "B T"] | Bool[Array, "B T T"] | None = None,
+    ) -> dict[str, Array]:
+        """Returns every layer's values at `sites`, `[L, B, ...]`.
+
+        Sites: `resid_pre` and `resid_post`, the residual stream before and after a
+        layer `[L, B, T, D]`; `attn.pattern` `[L, B, N, T, T]`; and `final_norm`, the
+        output layer's input `[B, T, D]`. Masks are those of `logits`. Raises ValueError
+        for another site.
+        """
+        tokens = jnp.asarray(tokens)
+        inputs = _visibility(tokens, lengths, attention_mask)
+        return self._apply_capture(self.params, tuple(sites), tokens, inputs)
 
     def score(self, texts: Sequence[Prompt], batch_size: int = 16) -> list[Score]:
         """Returns token ids and their logprobs for each text (or list of ids).
@@ -144,7 +202,7 @@ class LanguageModel:
             sampling,
             tokens_per_dispatch=min(STREAM_CHUNK, sampling.tokens_per_dispatch),
         )
-        request = Request(tuple(self._encode(prompt)), 0, 0)
+        request = Request(tuple(self.encode(prompt)), 0, 0)
         completion, sent = Completion(), 0
         for _ in self._generator.run_in_chunks(
             self.params, [request], sampling, [completion]
@@ -153,17 +211,119 @@ class LanguageModel:
                 yield piece
             sent += len(piece)
 
+    def session(self) -> Session:
+        """Returns a text that grows turn by turn and runs only what is new."""
+        return Session(self._generator)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Returns the ids of a prompt as the model reads it.
+
+        Those given; a text's after the tokenizer's first token; or the chat template's
+        of messages, up to where the assistant answers. Raises ValueError for a text
+        without a tokenizer, and for messages without a template.
+        """
+        is_text = isinstance(prompt, str)
+        is_chat = not is_text and any(isinstance(item, Mapping) for item in prompt)
+        if not is_text and not is_chat:
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError(
+                "the checkpoint has no tokenizer, so that texts can't be read: give "
+                "token ids, or put the tokenizer's files into its folder"
+            )
+        if is_text:
+            first = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+            return first + self.tokenizer.encode(prompt)
+        if self.chat_template is None:
+            raise ValueError(
+                "the checkpoint has no chat template: set model.chat_template = "
+                "relax.text.chat.named_template(name, model.tokenizer)"
+            )
+        return self.chat_template.encode(
+            self.tokenizer, prompt, add_generation_prompt=True
+        )
+
+    def add_special_tokens(
+        self, names: Sequence[str], rows: str = "mean", seed: int = 0
+    ) -> dict[str, int]:
+        """Gives tokenizer and model new special tokens; returns their ids.
+
+        rows: what embedding and head hold for them: "mean" of the tokens so far,
+        "zeros", or "normal", drawn with `seed` as at initialisation. Raises ValueError
+        for a token that is known already, and for other `rows`.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer to add special tokens to")
+        tokenizer = self.tokenizer.with_special_tokens(names)
+        first, end = self.tokenizer.vocab_size, tokenizer.vocab_size
+        config, params = resize_vocabulary(
+            self.config, self.params, range(first, end), rows, jax.random.key(seed)
+        )
+        shardings = parameter_shardings(self.mesh, params)
+        self.config, self.params = config, jax.device_put(params, shardings)
+        self.tokenizer = tokenizer
+        self._compile()
+        return {name: tokenizer.special_tokens[name] for name in names}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `relax.load` reads, whole or not at all.
+
+        Raises FileExistsError where there is one by that name.
+        """
+        with NewFolder(Path(folder), "folder") as new:
+            with RunCheckpoints(new) as checkpoints:
+                state = {"params": self.params, "step": jnp.zeros((), jnp.int32)}
+                checkpoints.save(0, state, None, self._info())
+            if self.tokenizer is not None:
+                self.tokenizer.save(new / TOKENIZER_FOLDER)
+            if self.chat_template is not None:
+                self.chat_template.save(new / TOKENIZER_FOLDER)
+
+    def save_hf(self, folder: str | Path, max_shard_bytes: int = SHARD_BYTES) -> None:
+        """Writes a Hugging Face folder, whole or not at all.
+
+        Weights are safetensors in `config.param_dtype`, in several files where they
+        exceed `max_shard_bytes`. Raises FileExistsError where the folder is there, and
+        ValueError where no released family has such a model.
+        """
+        with NewFolder(Path(folder), "folder") as new:
+            config_json, generation_json = self._released_json()
+            write_model(
+                new,
+                self.config,
+                self.params,
+                config_json,
+                generation_json,
+                max_shard_bytes,
+            )
+            if self.tokenizer is not None:
+                self.tokenizer.save_hf(new)
+            if self.chat_template is not None:
+                self.chat_template.save(new)
+
+    def _info(self) -> dict[str, Any]:
+        return {"model": asdict(self.config), "origin": asdict(self.origin)}
+
+    def _released_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns config.json's other keys and generation_config.json.
+
+        What the origin says stays, but for stop ids that it doesn't know.
+        """
+        ids: dict[str, Any] = {}
+        if self.tokenizer is not None and self.tokenizer.bos_id is not None:
+            ids["bos_token_id"] = self.tokenizer.bos_id
+        if stops := list(self.stop_ids):
+            ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        config_json = ids | dict(self.origin.config_json or {})
+        generation_json = ids | dict(self.origin.generation_json or {})
+        if set(stops) - set(np.atleast_1d(generation_json.get("eos_token_id", []))):
+            generation_json["eos_token_id"] = ids["eos_token_id"]
+        return config_json, generation_json
+
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError(f"{prompts[:40]!r} is one text; give a list of texts")
-        return [self._encode(prompt) for prompt in prompts]
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """Returns ids: those given, or the text's after the tokenizer's first token."""
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        first = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return first + self.tokenizer.encode(prompt)
+        return [self.encode(prompt) for prompt in prompts]
 
     def _score_batch(self, rows: list[list[int]]) -> list[Score]:
         padded = [*rows, *[rows[0]] * (-len(rows) % self._multiple)]
@@ -181,9 +341,51 @@ class LanguageModel:
         ]
 
 
+def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the tokenizer has ids that the model lacks."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding "
+            f"{config.vocab_size} rows (vocab_size): they belong to different models, "
+            "or the tokenizer was given tokens that the model wasn't"
+        )
+
+
+def _visibility(tokens, lengths, attention_mask) -> dict[str, Array]:
+    """Returns the inputs of `apply` that say what is padding and what is seen."""
+    B, T = tokens.shape
+    inputs = {}
+    if lengths is not None:
+        inputs["key_valid"] = jnp.arange(T) < jnp.asarray(lengths)[:, None]
+    if attention_mask is None:
+        return inputs
+    given = jnp.asarray(attention_mask).astype(bool)
+    if given.shape == (B, T):
+        inputs["key_valid"] = inputs.get("key_valid", True) & given
+        inputs["positions"] = jnp.maximum(jnp.cumsum(given, axis=1) - 1, 0)
+    elif given.shape == (B, T, T):
+        inputs["mask"] = given[:, None]
+    else:
+        raise ValueError(
+            f"attention_mask has shape {given.shape}; for tokens {(B, T)} give "
+            f"{(B, T)} or {(B, T, T)}"
+        )
+    return inputs
+
+
 def _logits_function(apply, vocab_size: int):
-    def logits(params, tokens, positions, key_valid, mask):
-        out = apply(params, tokens, positions=positions, key_valid=key_valid, mask=mask)
+    def logits(params, tokens, inputs):
+        out = apply(params, tokens, **inputs)
         return compute_logits(out.hidden, out.unembedding, vocab_size)[..., :vocab_size]
 
     return logits
+
+
+def _capture_function(apply):
+    def capture(params, sites, tokens, inputs):
+        in_layers = tuple(site for site in sites if site != "final_norm")
+        out = apply(params, tokens, capture=in_layers, **inputs)
+        final = {"final_norm": out.hidden} if "final_norm" in sites else {}
+        return dict(out.captured) | final
+
+    return capture

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 # What a program says of its progress before it meets the mistake.
-PROGRESS = ("data: ", "attention implementation: ")
+PROGRESS = ("data: ", "attention implementation: ", "read ")
 
 
 def fails(program: str, *arguments: str) -> list[str]:

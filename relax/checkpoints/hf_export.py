@@ -87,7 +87,8 @@ def _write_weights(
             stem = SAFETENSORS.removesuffix(".safetensors")
             name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            theirs: _tensor(config, params, leaf, layer) for theirs, leaf, layer in shard
+            theirs: _tensor(config, params, leaf, layer)
+            for theirs, leaf, layer in shard
         }
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)

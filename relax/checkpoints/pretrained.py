@@ -61,6 +61,15 @@ def find_pretrained(reference: str) -> Path | None:
     return fetch(*hub_id)
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raises ValueError for what can't be asked for; see `open_pretrained`."""
+    if dtype not in (None, AUTO, *DTYPES):
+        raise ValueError(
+            f"dtype={dtype!r} is unknown; choose one of {', '.join((AUTO, *DTYPES))}, "
+            "or null: float32 on CPU, the checkpoint's own elsewhere"
+        )
+
+
 def open_pretrained(folder: Path, dtype: str | None, platform: str) -> Pretrained:
     """Returns the checkpoint in a folder, checked as far as its headers go.
 
@@ -68,11 +77,7 @@ def open_pretrained(folder: Path, dtype: str | None, platform: str) -> Pretraine
     float32 on a CPU and the file's elsewhere. Raises ValueError and OSError naming the
     file at fault.
     """
-    if dtype not in (None, AUTO, *DTYPES):
-        raise ValueError(
-            f"dtype={dtype!r} is unknown; choose one of {', '.join((AUTO, *DTYPES))}, "
-            "or null: float32 on CPU, the checkpoint's own elsewhere"
-        )
+    check_dtype(dtype)
     generation = folder / GENERATION_CONFIG
     generation_json = read_json(generation) if generation.is_file() else {}
     if (folder / CONFIG).is_file():

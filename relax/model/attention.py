@@ -9,7 +9,7 @@ from relax.model.cache import read, write
 from relax.model.config import LlamaConfig
 from relax.model.context import Context
 from relax.model.layers import Linear, RMSNorm
-from relax.ops.attention import attention
+from relax.ops.attention import attention, attention_pattern
 from relax.ops.rope import rotate
 
 
@@ -21,7 +21,7 @@ class SelfAttention(hk.Module):
     name: str | None = None
 
     def __call__(self, x: Array, buffers, layer, context: Context):
-        """Returns `[B, T, D]` and the cache buffers with this layer's new slots.
+        """Returns `[B, T, D]`, the cache buffers with this layer's new slots, captures.
 
         `buffers` is the pair of `[L, B, S, K, H]` keys and values, or None.
         """
@@ -40,8 +40,11 @@ class SelfAttention(hk.Module):
             )
             k, v = (read(buffer, layer.index) for buffer in buffers)
         mask = context.mask._replace(window=layer.window)
+        captured = {}
+        if "attn.pattern" in context.capture:
+            captured["attn.pattern"] = attention_pattern(q, k, mask)
         out = attention(q, k, v, mask, context.attention)
-        return self._output(context.constrain(out, HEADS)), buffers
+        return self._output(context.constrain(out, HEADS)), buffers, captured
 
     @hk.transparent
     def _project(self, x: Array, heads: int, letter: str) -> Array:

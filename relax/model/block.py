@@ -48,12 +48,13 @@ class Block(hk.Module):
     name: str | None = None
 
     def __call__(self, carry, layer: LayerInputs, context: Context):
-        """Returns the new carry `(x, cache buffers)` and this layer's outputs."""
+        """Returns the new carry `(x, cache buffers)` and what this layer captured."""
         x, buffers = carry
+        before = x
         keys = (None, None)
         if layer.dropout_key is not None:
             keys = jax.random.split(layer.dropout_key)
-        attended, buffers = SelfAttention(self.config, name="self_attn")(
+        attended, buffers, captured = SelfAttention(self.config, name="self_attn")(
             self._norm("input_layernorm")(x), buffers, layer, context
         )
         x = x + dropout(attended, self.config.dropout, keys[0])
@@ -62,7 +63,9 @@ class Block(hk.Module):
             self._norm("post_attention_layernorm")(x), context
         )
         x = x + dropout(fed, self.config.dropout, keys[1])
-        return (context.constrain(x, RESIDUAL), buffers), None
+        x = context.constrain(x, RESIDUAL)
+        captured |= {"resid_pre": before, "resid_post": x}
+        return (x, buffers), {site: captured[site] for site in context.capture}
 
     @hk.transparent
     def _norm(self, name: str) -> RMSNorm:

@@ -16,11 +16,17 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
     return x
 
 
+# Places in a layer whose values can be captured: the residual stream before and after
+# it `[B, T, D]`, and the attention weights `[B, N, T, S]`.
+SITES = ("resid_pre", "attn.pattern", "resid_post")
+
+
 class Context(NamedTuple):
     """The same for every layer.
 
     attention: name of the implementation. constrain: says how an activation with the
-    given logical axes is laid out over devices.
+    given logical axes is laid out over devices. capture: the sites, of SITES, whose
+    values every layer returns.
     """
 
     cos: Float[Array, "B T half"]
@@ -28,6 +34,7 @@ class Context(NamedTuple):
     mask: AttentionMask
     attention: str
     constrain: Constrain
+    capture: tuple[str, ...] = ()
 
 
 class LayerInputs(NamedTuple):

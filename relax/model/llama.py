@@ -11,7 +11,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from relax.model.block import RESIDUAL, Block
 from relax.model.cache import Cache
 from relax.model.config import LlamaConfig
-from relax.model.context import Constrain, Context, LayerInputs, unconstrained
+from relax.model.context import (
+    SITES,
+    Constrain,
+    Context,
+    LayerInputs,
+    unconstrained,
+)
 from relax.model.layers import Embed, RMSNorm, lookup
 from relax.ops.attention import resolve_implementation
 from relax.ops.dropout import dropout
@@ -24,12 +30,14 @@ class LlamaOutput(NamedTuple):
 
     hidden: the final norm's output, in the compute dtype. unembedding: the table whose
     rows give the logits (`ops.logprobs`), padded rows included. cache: with the new
-    tokens' keys and values and the new lengths, or None.
+    tokens' keys and values and the new lengths, or None. captured: for each site asked
+    for, every layer's values `[L, ...]`.
     """
 
     hidden: Float[Array, "B T D"]
     unembedding: Float[Array, "rows D"]
     cache: Cache | None
+    captured: dict[str, Array] | None = None
 
 
 def make_llama(
@@ -68,6 +76,7 @@ class Llama(hk.Module):
         cache: Cache | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
+        capture: tuple[str, ...] = (),
     ) -> LlamaOutput:
         """Returns hidden states for right-padded rows of tokens.
 
@@ -80,12 +89,13 @@ class Llama(hk.Module):
         lengths: number of real tokens per row (the rest is padding); only the cache
             needs it, since causality hides right padding anyway.
         dropout_key: None in evaluation and generation, which turns dropout off.
+        capture: sites of `context.SITES` whose values come back too (static).
 
         S is the cache's capacity, or T without one. Raises ValueError for a `key_valid`
-        or `mask` of another S, and for segments with a cache.
+        or `mask` of another S, for segments with a cache, and for an unknown site.
         """
         slots = tokens.shape[1] if cache is None else cache.capacity
-        _check_slots(slots, key_valid, mask, cache, segment_ids)
+        _check_inputs(slots, key_valid, mask, cache, segment_ids, capture)
         attention_mask = AttentionMask(
             query_slots=None if cache is None else _slots(tokens, cache.lengths),
             key_valid=key_valid,
@@ -99,7 +109,8 @@ class Llama(hk.Module):
         cos, sin = rope_tables(
             positions, config.head_width, config.rope_theta, config.rope_scaling
         )
-        context = Context(cos, sin, attention_mask, self.attention, self.constrain)
+        shared = attention_mask, self.attention, self.constrain, capture
+        context = Context(cos, sin, *shared)
         table = self._embed("embed_tokens")()
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         # A lookup in a table split along its width would gather all of it late.
@@ -108,11 +119,11 @@ class Llama(hk.Module):
         x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
         buffers = None if cache is None else (cache.keys, cache.values)
         inputs = self._layer_inputs(keys[1], slots)
-        x, buffers = self._layers((x, buffers), inputs, context)
+        (x, buffers), captured = self._layers((x, buffers), inputs, context)
         hidden = RMSNorm(config.rms_norm_eps, config.param_dtype, name="norm")(x)
         unembedding = table if config.tie_word_embeddings else self._embed("lm_head")()
         return LlamaOutput(
-            hidden, unembedding, _advance(cache, buffers, tokens, lengths)
+            hidden, unembedding, _advance(cache, buffers, tokens, lengths), captured
         )
 
     @hk.transparent
@@ -134,12 +145,14 @@ class Llama(hk.Module):
             stack = hk.layer_stack(
                 self.config.num_hidden_layers, with_per_layer_inputs=True, name="layers"
             )
-            return stack(block)(carry, inputs)[0]
+            return stack(block)(carry, inputs)
+        outputs = []
         for index in range(self.config.num_hidden_layers):
             layer = jax.tree.map(lambda x, i=index: x[i], inputs)
             with hk.name_scope(f"layers_{index}"):
-                carry, _ = block(carry, layer._replace(index=index))
-        return carry
+                carry, output = block(carry, layer._replace(index=index))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     def _layer_inputs(self, key: Array | None, slots: int) -> LayerInputs:
         """Returns every layer's own inputs, stacked `[L, ...]`; `slots` is S."""
@@ -157,7 +170,7 @@ class Llama(hk.Module):
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
 
 
-def _check_slots(slots, key_valid, mask, cache, segment_ids) -> None:
+def _check_inputs(slots, key_valid, mask, cache, segment_ids, capture) -> None:
     for name, given in (("key_valid", key_valid), ("mask", mask)):
         if given is not None and given.shape[-1] != slots:
             raise ValueError(
@@ -165,6 +178,8 @@ def _check_slots(slots, key_valid, mask, cache, segment_ids) -> None:
             )
     if cache is not None and segment_ids is not None:
         raise ValueError("segment_ids and a cache are both given; give one")
+    if unknown := [site for site in capture if site not in SITES]:
+        raise ValueError(f"site {unknown[0]!r} is unknown; known: {', '.join(SITES)}")
 
 
 def _slots(tokens, lengths):

@@ -1,5 +1,6 @@
 """Haiku parameter trees: paths, counts, scanned and unrolled layouts."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 
@@ -11,6 +12,8 @@ from relax.model.llama import make_llama
 
 Params = dict[str, dict[str, jax.Array]]
 
+NEW_ROWS = ("mean", "zeros", "normal")
+_TABLES = ("llama/embed_tokens", "llama/lm_head")
 _STACKED = "llama/layers/"
 _LAYER = re.compile(r"llama/layers_(\d+)/")
 
@@ -64,6 +67,42 @@ def unstack_layers(params: Params) -> Params:
             layer = jax.tree.map(lambda x, i=index: x[i], leaves)
             unrolled[f"llama/layers_{index}/{rest}"] = layer
     return unrolled
+
+
+def resize_vocabulary(
+    config: LlamaConfig, params: Params, new_ids: range, rows: str, key: jax.Array
+) -> tuple[LlamaConfig, Params]:
+    """Returns a model whose tables have rows for `new_ids`, which follow the old ids.
+
+    rows: "mean" of the rows before them (of `lm_head` its own), "zeros", or "normal",
+    drawn with `key` as at initialisation. Raises ValueError for others.
+    """
+    if rows not in NEW_ROWS:
+        raise ValueError(f"rows={rows!r} is unknown; choose one of {NEW_ROWS}")
+    size = max(config.vocab_size, new_ids.stop)
+    config = dataclasses.replace(config, vocab_size=size)
+    tables = {name: params[name] for name in _TABLES if name in params}
+    resized = {
+        name: {"weight": _resize(config, leaves["weight"], new_ids, rows, table_key)}
+        for (name, leaves), table_key in zip(
+            tables.items(), jax.random.split(key, len(tables)), strict=True
+        )
+    }
+    return config, params | resized
+
+
+def _resize(config, table, new_ids, rows, key):
+    """Returns `[padded rows, D]` with the new ids' rows set."""
+    padding = config.padded_vocab_size - len(table)
+    known = table[: new_ids.start].astype(jnp.float32)
+    shape = (len(new_ids), table.shape[1])
+    made = {
+        "mean": lambda: jnp.broadcast_to(jnp.mean(known, axis=0), shape),
+        "zeros": lambda: jnp.zeros(shape),
+        "normal": lambda: config.initializer_range * jax.random.normal(key, shape),
+    }[rows]()
+    table = jnp.pad(table, ((0, padding), (0, 0)))
+    return table.at[jnp.asarray(new_ids)].set(made.astype(table.dtype))
 
 
 def training_flops_per_token(config: LlamaConfig, context: int) -> float:

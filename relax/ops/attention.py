@@ -64,15 +64,23 @@ def _xla(q, k, v, mask):
     """The definition, written out; holds the whole `[B, N, T, S]` array of scores."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
+    pattern = attention_pattern(q, k, mask).reshape(B, K, N // K, T, S)
+    out = jnp.einsum("bkgts,bskh->btkgh", pattern.astype(v.dtype), v)
+    return out.reshape(B, T, N, H)
+
+
+def attention_pattern(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], mask: AttentionMask
+) -> Float[Array, "B N T S"]:
+    """Returns the float32 weights with which each head of a query reads each key."""
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
     grouped = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum(
         "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32
     )
     scores = scores.reshape(B, N, T, S) / math.sqrt(H)
-    visible = dense_mask(mask, range(T), range(S))
-    pattern = masked_softmax(scores, visible).reshape(B, K, N // K, T, S)
-    out = jnp.einsum("bkgts,bskh->btkgh", pattern.astype(v.dtype), v)
-    return out.reshape(B, T, N, H)
+    return masked_softmax(scores, dense_mask(mask, range(T), range(S)))
 
 
 def masked_softmax(scores: Array, visible: Array) -> Array:

@@ -1,6 +1,5 @@
 """Completes prompts: one streamed to the terminal, or many into a file."""
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import TextIO
 from relax.generation.generator import Completion
 from relax.language_model import LanguageModel
 from relax.sampling import SamplingConfig
+from relax.tasks.files import check_output, read_texts, write_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,7 @@ class GenerateConfig:
 def check(config: GenerateConfig) -> None:
     """Raises ValueError or OSError where prompts or output can't work."""
     read_prompts(config)
-    if config.output_path is not None:
-        if Path(config.output_path).is_dir():
-            raise IsADirectoryError(
-                f"task.output_path={config.output_path} is a folder; name a file in it"
-            )
-        parent = Path(config.output_path).absolute().parent
-        if not parent.is_dir():
-            raise FileNotFoundError(
-                f"task.output_path={config.output_path}: {parent} is no folder; make it"
-            )
+    check_output(config.output_path)
 
 
 def run(
@@ -64,7 +55,7 @@ def run(
     prompts = read_prompts(config)
     if config.output_path is not None:
         completions = model.generate(prompts, sampling, config.batch_size)
-        _write(config.output_path, prompts, completions, sampling)
+        write_rows(config.output_path, _rows(prompts, completions, sampling))
     elif len(prompts) == 1 and sampling.num_return_sequences == 1:
         terminal.write(prompts[0])
         for piece in model.stream(prompts[0], sampling):
@@ -83,12 +74,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
         prompts = [config.default_prompt if config.prompt is None else config.prompt]
     else:
         path = Path(config.prompts_file)
-        if not path.is_file():
-            raise FileNotFoundError(f"task.prompts_file={path} does not exist")
-        lines = _lines(path)
-        prompts = list(lines.values())
-        if path.suffix == ".jsonl":
-            prompts = [_prompt_of(path, n, line) for n, line in lines.items()]
+        prompts = read_texts(path, "task.prompts_file", ("prompt",))
     if not prompts or not all(prompts):
         where = "prompts_file" if config.prompts_file else "prompt"
         raise ValueError(
@@ -96,28 +82,6 @@ def read_prompts(config: GenerateConfig) -> list[str]:
             "one; give at least one character"
         )
     return prompts
-
-
-def _lines(path: Path) -> dict[int, str]:
-    """Returns the lines that are not blank, by their number from 1."""
-    try:
-        # Not splitlines, which ends a line at U+2028 too: JSON may hold that as it is.
-        lines = path.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"task.prompts_file={path} is not UTF-8: {error}") from None
-    return {number: line for number, line in enumerate(lines, 1) if line.strip()}
-
-
-def _prompt_of(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"task.prompts_file={path}, line {number}: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(
-            f'task.prompts_file={path}, line {number}: no text under "prompt"'
-        )
-    return row["prompt"]
 
 
 def _paired(
@@ -128,19 +92,10 @@ def _paired(
         yield prompts[index // sampling.num_return_sequences], completion
 
 
-def _write(
-    path: str, prompts: list[str], completions: list[Completion], sampling
-) -> None:
-    """Writes one JSON line per completion, complete or not at all."""
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.partial")
-    try:
-        # A lone surrogate, which UTF-8 can't hold, is written as JSON escapes it.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for prompt, completion in _paired(prompts, completions, sampling):
-                row = asdict(completion)
-                row = {"prompt": prompt, "completion": row.pop("text"), **row}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _rows(
+    prompts: list[str], completions: list[Completion], sampling: SamplingConfig
+) -> Iterator[dict]:
+    """Yields a line of output per completion."""
+    for prompt, completion in _paired(prompts, completions, sampling):
+        row = asdict(completion)
+        yield {"prompt": prompt, "completion": row.pop("text"), **row}

@@ -39,6 +39,9 @@ SHARED = ("sampling", "mesh", "runtime")
 OPEN = {
     ("data", "text"): "data.path=corpus.txt",
     ("tokenizer", "sentencepiece"): "tokenizer.path=tokenizer.model",
+    ("tokenizer", "huggingface"): "tokenizer.path=tokenizer.json",
+    ("task", "score"): "prompt=text",
+    ("task", "export"): "output_path=folder",
 }
 
 
