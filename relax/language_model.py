@@ -1,5 +1,6 @@
 """LanguageModel: a trained model as a researcher uses it from a notebook."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +24,13 @@ from relax.generation.session import Session
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
 from relax.model.parameters import Params, resize_vocabulary
-from relax.ops.logprobs import compute_logits
 from relax.sampling import SamplingConfig
 from relax.sharding import batch_multiple, make_constrain, parameter_shardings
-from relax.steps import make_logprob_step
+from relax.steps import make_capture_step, make_logits_step, make_logprob_step
 from relax.text.chat import ChatTemplate
 from relax.text.tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 STREAM_CHUNK = 8
@@ -63,9 +65,9 @@ class Origin:
 class LanguageModel:
     """A model with its parameters, and its tokenizer and chat template if it has them.
 
-    `config`, `params`, `tokenizer` and `chat_template` are plain attributes; the
-    compiled functions take `params` anew at each call, so that they may be replaced.
-    A prompt is a text, a list of token ids, or a list of chat messages.
+    The compiled functions take `params` anew at each call, so that they may be
+    replaced; so may `chat_template`, whose end of turn then ends completions. A prompt
+    is a text, a list of token ids, or a list of chat messages.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class LanguageModel:
         self.config = config
         self.params = params
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        self._chat_template = chat_template
         self.mesh = mesh
         self.origin = origin or Origin()
         self._compile()
@@ -97,10 +99,20 @@ class LanguageModel:
         multiple = batch_multiple(self.mesh)
         apply = make_llama(config, make_constrain(self.mesh)).apply
         self._multiple = multiple
-        self._apply_logits = jax.jit(_logits_function(apply, config.vocab_size))
-        self._apply_capture = jax.jit(_capture_function(apply), static_argnums=1)
+        self._logits_step = make_logits_step(apply, config.vocab_size)
+        self._capture_step = make_capture_step(apply)
         self._logprob_step = make_logprob_step(apply, config.vocab_size)
         self._generator = Generator(apply, config, tokenizer, self.stop_ids, multiple)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How messages are written as text, None where that isn't known."""
+        return self._chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: ChatTemplate | None) -> None:
+        self._chat_template = template
+        self._compile()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -112,7 +124,10 @@ class LanguageModel:
         if self.tokenizer is not None and self.tokenizer.eos_id is not None:
             ids.add(self.tokenizer.eos_id)
         if self.chat_template is not None and self.tokenizer is not None:
-            ids.update(self.chat_template.end_of_turn(self.tokenizer)[0])
+            try:
+                ids.update(self.chat_template.end_of_turn(self.tokenizer)[0])
+            except ValueError as error:  # it refuses a plain question and answer
+                logger.warning("the template's end of turn isn't known: %s", error)
         return tuple(sorted(ids))
 
     def logits(
@@ -130,7 +145,7 @@ class LanguageModel:
         """
         tokens = jnp.asarray(tokens)
         inputs = _visibility(tokens, lengths, attention_mask)
-        return self._apply_logits(self.params, tokens, inputs)
+        return self._logits_step(self.params, tokens, inputs)
 
     def activations(
         self,
@@ -148,7 +163,7 @@ class LanguageModel:
         """
         tokens = jnp.asarray(tokens)
         inputs = _visibility(tokens, lengths, attention_mask)
-        return self._apply_capture(self.params, tuple(sites), tokens, inputs)
+        return self._capture_step(self.params, tuple(sites), tokens, inputs)
 
     def score(self, texts: Sequence[Prompt], batch_size: int = 16) -> list[Score]:
         """Returns token ids and their logprobs for each text (or list of ids).
@@ -371,21 +386,3 @@ def _visibility(tokens, lengths, attention_mask) -> dict[str, Array]:
             f"{(B, T)} or {(B, T, T)}"
         )
     return inputs
-
-
-def _logits_function(apply, vocab_size: int):
-    def logits(params, tokens, inputs):
-        out = apply(params, tokens, **inputs)
-        return compute_logits(out.hidden, out.unembedding, vocab_size)[..., :vocab_size]
-
-    return logits
-
-
-def _capture_function(apply):
-    def capture(params, sites, tokens, inputs):
-        in_layers = tuple(site for site in sites if site != "final_norm")
-        out = apply(params, tokens, capture=in_layers, **inputs)
-        final = {"final_norm": out.hidden} if "final_norm" in sites else {}
-        return dict(out.captured) | final
-
-    return capture

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from relax.losses import cross_entropy, z_loss
-from relax.ops.logprobs import token_stats
+from relax.ops.logprobs import compute_logits, token_stats
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Array]
@@ -151,3 +151,37 @@ def make_logprob_step(
         ).logprobs
 
     return logprob_step
+
+
+def make_logits_step(
+    apply: Callable, vocab_size: int
+) -> Callable[[Any, Array, Mapping[str, Array]], Array]:
+    """Returns the jitted `(params, tokens, inputs) -> logits`, float32 `[B, T, V]`.
+
+    `inputs` are further arguments of `apply`, by name.
+    """
+
+    @jax.jit
+    def logits_step(params, tokens, inputs):
+        out = apply(params, tokens, **inputs)
+        return compute_logits(out.hidden, out.unembedding, vocab_size)[..., :vocab_size]
+
+    return logits_step
+
+
+def make_capture_step(
+    apply: Callable,
+) -> Callable[[Any, tuple[str, ...], Array, Mapping[str, Array]], dict[str, Array]]:
+    """Returns the jitted `(params, sites, tokens, inputs) -> values by site`.
+
+    Sites are those of a layer, `[L, B, ...]`, and `final_norm`, `[B, T, D]`.
+    """
+
+    @partial(jax.jit, static_argnums=1)
+    def capture_step(params, sites, tokens, inputs):
+        in_layers = tuple(site for site in sites if site != "final_norm")
+        out = apply(params, tokens, capture=in_layers, **inputs)
+        final = {"final_norm": out.hidden} if "final_norm" in sites else {}
+        return dict(out.captured) | final
+
+    return capture_step

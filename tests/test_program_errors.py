@@ -1,5 +1,6 @@
 """What a user's mistake shows: one line that names the config path, and no run."""
 
+import json
 import os
 import re
 import subprocess
@@ -149,3 +150,48 @@ def test_an_empty_prompts_file(tmp_path):
 def test_a_checkpoint_that_is_not_there(tmp_path):
     (line,) = fails("infer.py", f"checkpoint={tmp_path}", "prompt=ROMEO:")
     assert line.startswith(f"checkpoint={tmp_path}: no complete checkpoint in ")
+
+
+def released(folder: Path, **changes) -> Path:
+    """Returns a Hugging Face folder whose weights are cut off."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["generate", "score", "export", "chat"])
+def test_a_truncated_released_checkpoint(tmp_path, task):
+    checkpoint = f"checkpoint={released(tmp_path)}"
+    output = [f"output_path={tmp_path / 'new'}"] if task == "export" else []
+    (line,) = fails("infer.py", f"task={task}", checkpoint, "prompt=a", *output)
+    weights = tmp_path / "model.safetensors"
+    assert line.startswith(f"{weights} is truncated or corrupt: ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_architecture(tmp_path):
+    folder = released(tmp_path, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    (line,) = fails("infer.py", f"checkpoint={folder}", "prompt=a")
+    assert line == (
+        f"{folder / 'config.json'}: model_type='gpt2' with architectures="
+        "'GPT2LMHeadModel' is unknown; known are llama (LlamaForCausalLM), mistral "
+        "(MistralForCausalLM), qwen2 (Qwen2ForCausalLM), qwen3 (Qwen3ForCausalLM)"
+    )
+
+
+def test_a_dtype_that_there_is_not(tmp_path):
+    (line,) = fails("infer.py", f"checkpoint={tmp_path}", "dtype=int8", "prompt=a")
+    assert line.startswith("dtype='int8' is unknown; choose one of auto, float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["task=export"], "output_path=null: name the folder to write"),
+        (["task=score"], "no text given; give one of prompt, prompts_file"),
+        (["task=scor"], "In 'infer': Could not find 'task/scor'"),
+    ],
+)
+def test_a_task_that_lacks_what_it_needs(arguments, expected):
+    assert fails("infer.py", *arguments)[0].startswith(expected)

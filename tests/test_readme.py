@@ -26,6 +26,13 @@ def programs(name: str) -> list[str]:
     return [command for command in COMMANDS if command.startswith(f"python {name}")]
 
 
+def words(command: str) -> set[str]:
+    return {word for part in shlex.split(command) for word in part.split("=")}
+
+
+HUB_ID = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
 @pytest.fixture(scope="module")
 def monkeypatch_module():
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -50,10 +57,10 @@ def workplace(tmp_path_factory, monkeypatch_module):
     return folder
 
 
-def run(command: str, folder: Path, extra: list[str]) -> str:
+def run(command: str, folder: Path, extra: list[str], typed: str = "") -> str:
     arguments = [sys.executable, *shlex.split(command)[1:], *extra]
     result = subprocess.run(
-        arguments, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        arguments, cwd=folder, capture_output=True, text=True, input=typed
     )
     assert result.returncode == 0, f"{command}\n{result.stderr}"
     return result.stdout
@@ -61,7 +68,7 @@ def run(command: str, folder: Path, extra: list[str]) -> str:
 
 def test_the_readme_shows_its_commands():
     assert len(programs("train.py")) >= 9
-    assert len(programs("infer.py")) >= 4
+    assert len(programs("infer.py")) >= 10
     installs = [c for c in README.splitlines() if "pip install -e" in c]
     assert len(installs) == 2
 
@@ -99,15 +106,43 @@ def test_the_composing_command(workplace):
     assert "num_hidden_layers: 4" in run(command, workplace, [])
 
 
+SHORT = "sampling.max_new_tokens=8"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", programs("infer.py"))
+@pytest.mark.parametrize(
+    "command", [c for c in programs("infer.py") if not {"my_model", HUB_ID} & words(c)]
+)
 def test_a_sampling_command(workplace, command):
-    extra = [] if "max_new_tokens" in command else ["sampling.max_new_tokens=8"]
+    extra = [] if "max_new_tokens" in command else [SHORT]
     printed = run(command, workplace, extra)
     if "output_path" in command:
         assert len((workplace / "out.jsonl").read_text().splitlines()) == 8
     else:
         assert printed.startswith(("ROMEO:", "JULIET:"))
+
+
+@pytest.mark.slow
+def test_the_commands_for_released_models(workplace, monkeypatch, tmp_path):
+    """The hub's model is the exported one, where the hub's cache would have it."""
+    of_folder = [c for c in programs("infer.py") if "my_model" in words(c)]
+    export, chat, score, score_files = of_folder
+    run(export, workplace, [])
+    assert run(chat, workplace, [SHORT], "Who is there?\n").endswith("\n")
+    [line] = run(score, workplace, []).splitlines()
+    assert len(json.loads(line)["logprobs"]) == len("To be or not to be")
+    run(score_files, workplace, [])
+    assert len((workplace / "scores.jsonl").read_text().splitlines()) == 1
+
+    repository = tmp_path / f"models--{HUB_ID.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(workplace / "my_model", repository / "snapshots" / ("0" * 40))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    chat, complete = [c for c in programs("infer.py") if HUB_ID in words(c)]
+    assert run(chat, workplace, [SHORT], "Who is there?\n").endswith("\n")
+    assert run(complete, workplace, [SHORT]).startswith("JULIET:")
 
 
 @pytest.mark.slow
@@ -120,3 +155,6 @@ def test_the_notebook_code(workplace, monkeypatch, capsys):
     assert len(names["score"].logprobs) == len("To be, or not to be")
     assert names["logits"].shape == (1, 5, 257)
     assert len(capsys.readouterr().out) > 100
+    assert names["seen"]["attn.pattern"].shape == (4, 1, 4, 3, 3)
+    assert names["again"].config.vocab_size == 259
+    assert names["reply"].finish_reason in ("stop", "length")

@@ -1,0 +1,79 @@
+"""The chat template that a model folder of Hugging Face holds."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG = "tokenizer_config.json"
+
+
+def find_template(folder: Path) -> tuple[str, str] | None:
+    """Returns a folder's chat template and the name of its file, None without one.
+
+    Raises ValueError naming the file where it can't be read.
+    """
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return read_text(path), str(path)
+    for path in (folder / _CONFIG, folder / "chat_template.json"):
+        template = read_json(path).get("chat_template")
+        if template is not None:
+            return _default(template, path), str(path)
+    return None
+
+
+def token_variables(folder: Path) -> dict[str, str]:
+    """Returns the special tokens' strings that templates use, such as bos_token.
+
+    Those of tokenizer_config.json, and those that only special_tokens_map.json has.
+    """
+    variables = {}
+    for file in ("special_tokens_map.json", _CONFIG):
+        variables.update(_tokens(read_json(folder / file)))
+    return variables
+
+
+def read_text(path: Path) -> str:
+    """Returns a text file's content; raises ValueError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_json(path: Path) -> Mapping[str, object]:
+    """Returns a JSON file's object, an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _default(template: object, path: Path) -> str:
+    """Returns the template of a file that has one, or several with names."""
+    if isinstance(template, str):
+        return template
+    try:
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named["default"]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} has a chat_template that is neither a text nor a list of "
+            "{name, template} with one named default"
+        ) from error
+
+
+def _tokens(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        if not name.endswith("_token"):
+            continue
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is None or isinstance(value, str):  # add_bos_token is neither
+            yield name, value or ""
