@@ -8,19 +8,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from relax.ops.filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from relax.ops.filters import (
+    ban_repeated_ngrams,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How to sample; names as in transformers' GenerationConfig where they agree.
 
-    temperature: 0 takes the most likely token. top_k 0, top_p 1, min_p 0 and
-    repetition_penalty 1 are off. stop_strings end a completion and are left out of its
-    text. ignore_eos goes on past the end of text. seed: a row's random key is folded
-    from it, the input's index, the sample's index and the position, so that the row,
-    the batch and the other prompts change nothing. tokens_per_dispatch: how many tokens
-    the device makes before the host looks at them; it changes no token.
+    temperature: 0 takes the most likely token. top_k 0, top_p 1, min_p 0,
+    repetition_penalty 1 and no_repeat_ngram_size 0 are off. no_repeat_ngram_size: no
+    run of so many tokens comes twice in prompt and completion taken together.
+    stop_strings end a completion and are left out of its text. ignore_eos goes on past
+    the end of text. seed: a row's random key is folded from it, the input's index, the
+    sample's index and the position, so that the row, the batch and the other prompts
+    change nothing. tokens_per_dispatch: how many tokens the device makes before the
+    host looks at them; it changes no token.
     """
 
     max_new_tokens: int = 256
@@ -29,6 +37,7 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     num_return_sequences: int = 1
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -52,6 +61,11 @@ class SamplingConfig:
             ("top_p", 0 <= self.top_p <= 1, "in [0, 1] (1 is off)"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is off)"),
+            (
+                "no_repeat_ngram_size",
+                self.no_repeat_ngram_size >= 0,
+                "at least 0 (0 is off)",
+            ),
             ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
             ("tokens_per_dispatch", self.tokens_per_dispatch >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
@@ -71,6 +85,7 @@ class SamplingParams(NamedTuple):
     top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
     repetition_penalty: Float[Array, "B"]
+    no_repeat_ngram_size: Int[Array, "B"]
 
 
 class Filters(NamedTuple):
@@ -80,6 +95,7 @@ class Filters(NamedTuple):
     top_p: bool
     min_p: bool
     repetition_penalty: bool
+    no_repeat_ngram: bool
     sampled: bool  # whether any row draws at all
 
 
@@ -104,6 +120,7 @@ def sampling_params(configs: list[SamplingConfig]) -> tuple[SamplingParams, Filt
         top_p=any(c.top_p < 1 for c in configs),
         min_p=any(c.min_p > 0 for c in configs),
         repetition_penalty=any(c.repetition_penalty != 1 for c in configs),
+        no_repeat_ngram=any(c.no_repeat_ngram_size > 0 for c in configs),
         sampled=any(c.temperature > 0 for c in configs),
     )
     return params, filters
@@ -122,16 +139,22 @@ def choose_tokens(
     params: SamplingParams,
     filters: Filters,
     seen: Bool[Array, "B V"] | None,
+    text: Int[Array, "B S"] | None,
     num_ids: int,
 ) -> Choice:
     """Returns each row's next token below `num_ids`, drawn with (row key, position).
 
-    Order: repetition penalty, temperature, top-k, top-p, min-p. `seen` marks the tokens
-    of the prompt and the completion so far (None without a repetition penalty).
+    Order: repetition penalty, repeated n-grams, temperature, top-k, top-p, min-p. Of
+    the prompt and the completion so far, `seen` marks the tokens (None without a
+    repetition penalty), and `text` holds them, one at each place before the position
+    (None where n-grams may repeat).
     """
     shaped = jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
     if filters.repetition_penalty:
         shaped = penalise_repetition(shaped, seen, params.repetition_penalty)
+    if filters.no_repeat_ngram:
+        size = params.no_repeat_ngram_size
+        shaped = ban_repeated_ngrams(shaped, text, positions, size)
     greedy = jnp.argmax(shaped, axis=-1)
     if filters.sampled:
         drawn, drawn_logprobs = _draw(shaped, keys, positions, params, filters)

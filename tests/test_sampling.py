@@ -14,11 +14,13 @@ from relax.sampling import SamplingConfig, choose_tokens, row_key, sampling_para
 
 CONF = Path(__file__).parents[1] / "conf" / "sampling"
 # Upper 0.001 quantiles of the chi-square distribution, by degrees of freedom.
-CHI_SQUARE = {3: 16.27, 10: 29.59}
+CHI_SQUARE = {1: 10.83, 3: 16.27, 10: 29.59}
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 0.8, 1.9, -0.3], "f4")
 
 
-def choose(logits, configs, *, keys=None, positions=None, seen=None, num_ids=None):
+def choose(
+    logits, configs, *, keys=None, positions=None, seen=None, text=None, num_ids=None
+):
     """Returns the choice for rows of logits; keys of row 0, 1 ... by default."""
     B, V = logits.shape
     params, filters = sampling_params(configs)
@@ -26,10 +28,10 @@ def choose(logits, configs, *, keys=None, positions=None, seen=None, num_ids=Non
         keys = jax.vmap(lambda row: row_key(0, 0, row))(jnp.arange(B))
     if positions is None:
         positions = jnp.zeros(B, jnp.int32)
-    return _choose(logits, keys, positions, params, filters, seen, num_ids or V)
+    return _choose(logits, keys, positions, params, filters, seen, text, num_ids or V)
 
 
-_choose = jax.jit(choose_tokens, static_argnums=(4, 6))
+_choose = jax.jit(choose_tokens, static_argnums=(4, 7))
 
 
 def probabilities(logits):
@@ -127,6 +129,36 @@ def test_greedy_and_sampled_rows_share_a_batch():
     np.testing.assert_allclose(
         choice.logprobs, np.log(probabilities(LOGITS))[[9, 0]], 1e-5
     )
+
+
+def test_each_row_has_its_own_size_of_ngrams_that_may_not_repeat():
+    """After 9, 0, 9 a 0 would repeat a pair; the 9 and the 0 came already alone."""
+    logits = jnp.tile(LOGITS, (4, 1))
+    sizes = (0, 1, 2, 3)
+    configs = [SamplingConfig(temperature=0.0, no_repeat_ngram_size=n) for n in sizes]
+    text = jnp.tile(jnp.array([9, 0, 9, 1, 2]), (4, 1))
+    positions = jnp.full(4, 3)
+    choice = choose(logits, configs, positions=positions, text=text)
+    np.testing.assert_array_equal(choice.tokens, [0, 1, 9, 0])
+    expected = np.log(probabilities(LOGITS))[[0, 1, 9, 0]]
+    np.testing.assert_allclose(choice.logprobs, expected, 1e-5)
+
+
+def test_a_draw_has_the_frequencies_of_what_repeats_no_ngram():
+    """Ids 0 to 8 are gone; the penalty halves the 1.9 of id 9 before."""
+    config = SamplingConfig(
+        temperature=0.7, no_repeat_ngram_size=1, repetition_penalty=2.0
+    )
+    tokens = choose(
+        jnp.tile(LOGITS, (DRAWS, 1)),
+        [config] * DRAWS,
+        positions=jnp.full(DRAWS, 9),
+        seen=jnp.zeros((DRAWS, 11), bool).at[:, 9].set(True),
+        text=jnp.tile(jnp.arange(11), (DRAWS, 1)),
+    ).tokens
+    filtered = np.where(np.arange(11) < 9, -np.inf, LOGITS)
+    filtered[9] = 0.95
+    assert_drawn_from(probabilities(filtered / 0.7), np.asarray(tokens))
 
 
 def test_a_draw_depends_on_seed_input_sample_and_position():
@@ -241,6 +273,7 @@ def test_fields_are_named_as_in_transformers():
         "top_p",
         "min_p",
         "repetition_penalty",
+        "no_repeat_ngram_size",
         "num_return_sequences",
         "stop_strings",
     }
@@ -257,6 +290,7 @@ def test_fields_are_named_as_in_transformers():
         ({"top_p": 1.5}, r"sampling.top_p=1.5 must be in \[0, 1\]"),
         ({"min_p": -0.1}, r"sampling.min_p=-0.1 must be in \[0, 1\]"),
         ({"repetition_penalty": 0.0}, "sampling.repetition_penalty=0.0 must be above"),
+        ({"no_repeat_ngram_size": -1}, "sampling.no_repeat_ngram_size=-1 must be at"),
         ({"num_return_sequences": 0}, "sampling.num_return_sequences=0 must be"),
         ({"tokens_per_dispatch": 0}, "sampling.tokens_per_dispatch=0 must be"),
         ({"seed": -1}, "sampling.seed=-1 must be in"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from relax.generation.decode import PAD, DecodeState, Rows, make_steps
 from relax.model.config import LlamaConfig
-from relax.sampling import Choice, SamplingConfig, row_key, sampling_params
+from relax.sampling import Choice, Filters, SamplingConfig, row_key, sampling_params
 from relax.text.detokenizer import StopStrings, StreamingDetokenizer
 from relax.text.tokenizers import Tokenizer
 
@@ -50,17 +50,22 @@ class Generator:
         self,
         apply: Callable,
         config: LlamaConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         stop_ids: tuple[int, ...],
         batch_multiple: int = 1,
     ):
-        """`batch_multiple`: what the number of rows must be a multiple of (a mesh)."""
+        """`tokenizer`: None gives completions without text.
+
+        `batch_multiple`: what the number of rows must be a multiple of (a mesh).
+        """
         self._config = config
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._batch_multiple = batch_multiple
-        num_ids = min(config.vocab_size, tokenizer.vocab_size)
-        self._steps = make_steps(apply, config, stop_ids, num_ids)
+        num_ids = config.vocab_size
+        if tokenizer is not None:
+            num_ids = min(num_ids, tokenizer.vocab_size)
+        self.steps = make_steps(apply, config, num_ids)
 
     def check(self, request: Request) -> None:
         """Raises ValueError where the prompt can't be completed."""
@@ -88,85 +93,131 @@ class Generator:
         The device runs at most `sampling.tokens_per_dispatch` tokens a dispatch; rows
         that met a stop string between two of them end there.
         """
-        batch = self._batch(requests, sampling)
-        filters = batch.filters
-        texts = [
-            _Text(self._tokenizer, request.prompt, sampling.stop_strings)
-            for request in requests
-        ]
-        state, choice = self._steps.prefill(
+        batch = self.prepare(requests, sampling)
+        start = self.prefill(params, batch)
+        for _ in self.dispatches(params, start, batch, completions):
+            yield
+
+    def prepare(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        stop_ids: Sequence[int] = (),
+    ) -> "Batch":
+        """Returns what the steps need to know of each row; `stop_ids` add to its own.
+
+        Raises ValueError where a prompt can't be completed.
+        """
+        for request in requests:
+            self.check(request)
+        # Rows that fill up the batch repeat the first, and are allowed no token.
+        extra = -len(requests) % self._batch_multiple
+        padded = [*requests, *[requests[0]] * extra]
+        lengths = [len(request.prompt) for request in padded]
+        limit = self._config.max_position_embeddings
+        new = [min(sampling.max_new_tokens, limit - length) for length in lengths]
+        stop_ids = (*self._stop_ids, *stop_ids)
+        keys = [row_key(sampling.seed, r.input_index, r.sample_index) for r in padded]
+        params, filters = sampling_params([sampling] * len(padded))
+        return Batch(
+            tokens=pad([request.prompt for request in padded]),
+            lengths=np.asarray(lengths, np.int32),
+            remaining=np.asarray(new[: len(requests)] + [0] * extra, np.int32),
+            rows=Rows(
+                jnp.stack(keys),
+                params,
+                ignore_eos=np.full(len(padded), sampling.ignore_eos),
+                stop_ids=np.asarray(stop_ids, np.int32),
+            ),
+            capacity=_bucket(max(map(sum, zip(lengths, new, strict=True)))),
+            filters=filters,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            texts=[
+                _Text(self._tokenizer, request.prompt, sampling.stop_strings)
+                for request in requests
+            ],
+        )
+
+    def prefill(self, params, batch: "Batch") -> tuple[DecodeState, Choice]:
+        """Returns the state after the prompts, and the first tokens."""
+        return self.steps.prefill(
             params,
             batch.tokens,
             batch.lengths,
             batch.remaining,
             batch.rows,
             capacity=batch.capacity,
-            filters=filters,
+            filters=batch.filters,
         )
+
+    def dispatches(
+        self,
+        params,
+        start: tuple[DecodeState, Choice],
+        batch: "Batch",
+        completions: list[Completion],
+    ) -> Iterator[DecodeState]:
+        """Extends `completions` from a start on, and yields after each dispatch.
+
+        What it yields belongs to it: the next dispatch uses up the arrays.
+        """
+        state, choice = start
         while True:
-            running = self._extend(completions, texts, choice, sampling, state)
-            yield
+            running = _collect(completions, batch, choice, state)
+            yield state
             if not running.any():
-                break
-            remaining = jnp.where(jnp.asarray(running), state.remaining, 0)
-            state, choice = self._steps.decode(
+                return
+            state, choice = self.steps.decode(
                 params,
-                state._replace(remaining=remaining),
+                state._replace(remaining=jnp.where(running, state.remaining, 0)),
                 batch.rows,
-                chunk=sampling.tokens_per_dispatch,
-                filters=filters,
+                chunk=batch.sampling.tokens_per_dispatch,
+                filters=batch.filters,
             )
 
-    def _batch(self, requests: Sequence[Request], sampling: SamplingConfig) -> "_Batch":
-        limit = self._config.max_position_embeddings
-        lengths = [len(request.prompt) for request in requests]
-        for request in requests:
-            self.check(request)
-        # Rows that fill up the batch repeat the first, and are allowed no token.
-        extra = -len(requests) % self._batch_multiple
-        padded = [*requests, *[requests[0]] * extra]
-        new = [min(sampling.max_new_tokens, limit - n) for n in lengths]
-        width = _bucket(max(lengths))
-        capacity = max(width, _bucket(max(map(sum, zip(lengths, new, strict=True)))))
-        tokens = np.zeros((len(padded), width), np.int32)
-        for row, request in enumerate(padded):
-            tokens[row, : len(request.prompt)] = request.prompt
-        keys = [row_key(sampling.seed, r.input_index, r.sample_index) for r in padded]
-        params, filters = sampling_params([sampling] * len(padded))
-        ignore_eos = jnp.full(len(padded), sampling.ignore_eos)
-        return _Batch(
-            tokens=jnp.asarray(tokens),
-            lengths=jnp.asarray([len(r.prompt) for r in padded]),
-            remaining=jnp.asarray(new + [0] * extra),
-            rows=Rows(jnp.stack(keys), params, ignore_eos),
-            capacity=capacity,
-            filters=filters,
-        )
 
-    def _extend(
-        self,
-        completions: list[Completion],
-        texts: list["_Text"],
-        choice: Choice,
-        sampling: SamplingConfig,
-        state: DecodeState,
-    ) -> np.ndarray:
-        """Appends a dispatch's tokens; returns which rows go on `[B]`."""
-        choice, remaining = jax.device_get((choice, state.remaining))
-        running = remaining > 0
-        for row, (completion, text) in enumerate(zip(completions, texts, strict=True)):
-            made = choice.tokens[row] != PAD
-            if not made.any():
-                continue
-            columns = [column[row][made].tolist() for column in choice]
-            stopped = _append(completion, text, *columns)
-            ended = completion.token_ids[-1] in self._stop_ids
-            if stopped or (ended and not sampling.ignore_eos):
-                completion.finish_reason = "stop"
-                running[row] = False
-            if not running[row]:
-                completion.text += text.flush()
-        return running
+@dataclass(frozen=True)
+class Batch:
+    """Rows to complete: what the steps take of them, and what their text has come to.
+
+    tokens, lengths: the prompts `[B, T]`, right-padded, and how long they are `[B]`.
+    remaining: how many tokens each row may get `[B]`. capacity: slots that hold any row
+    to its end. stop_ids: those of `rows`.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    remaining: np.ndarray
+    rows: Rows
+    capacity: int
+    filters: Filters
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    texts: list["_Text"]
+
+
+def _collect(
+    completions: list[Completion], batch: Batch, choice: Choice, state: DecodeState
+) -> np.ndarray:
+    """Appends a dispatch's tokens; returns which rows go on `[B]`."""
+    choice, remaining = jax.device_get((choice, state.remaining))
+    running = remaining > 0
+    for row, (completion, text) in enumerate(
+        zip(completions, batch.texts, strict=True)
+    ):
+        made = choice.tokens[row] != PAD
+        if not made.any():
+            continue
+        columns = [column[row][made].tolist() for column in choice]
+        stopped = _append(completion, text, *columns)
+        ended = completion.token_ids[-1] in batch.stop_ids
+        if stopped or (ended and not batch.sampling.ignore_eos):
+            completion.finish_reason = "stop"
+            running[row] = False
+        if not running[row]:
+            completion.text += text.flush()
+    return running
 
 
 def _append(completion: Completion, text: "_Text", tokens, logprobs, sampled) -> bool:
@@ -186,39 +237,54 @@ def _append(completion: Completion, text: "_Text", tokens, logprobs, sampled) ->
 
 
 class _Text:
-    """What a row's tokens add to the text of its prompt, up to a stop string."""
+    """What a row's tokens add to the text of its prompt, up to a stop string.
+
+    Nothing where there is no tokenizer; stop strings are a ValueError then.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_strings: Sequence[str]
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str],
     ):
-        self._detokenizer = StreamingDetokenizer(tokenizer)
-        # Sentencepiece drops a space at the start of a text: here the prompt's.
-        self._detokenizer.add(prompt)
+        if tokenizer is None and stop_strings:
+            raise ValueError(
+                f"sampling.stop_strings={list(stop_strings)} need a tokenizer, which "
+                "this model lacks; set sampling.stop_strings=[]"
+            )
+        self._detokenizer = tokenizer and StreamingDetokenizer(tokenizer)
         self._stops = StopStrings(stop_strings)
+        if tokenizer is not None:
+            # Sentencepiece drops a space at the start of a text: here the prompt's.
+            self._detokenizer.add(prompt)
 
     def add(self, token: int) -> tuple[str, bool]:
         """Returns the text that has become final, and whether a stop string came."""
+        if self._detokenizer is None:
+            return "", False
         return self._stops.add(self._detokenizer.add([token]))
 
     def flush(self) -> str:
         """Returns the text held back, where nothing more will come."""
+        if self._detokenizer is None:
+            return ""
         piece, stopped = self._stops.add(self._detokenizer.flush())
         return piece if stopped else piece + self._stops.flush()
-
-
-@dataclass(frozen=True)
-class _Batch:
-    tokens: jax.Array
-    lengths: jax.Array
-    remaining: jax.Array
-    rows: Rows
-    capacity: int
-    filters: tuple
 
 
 def _bucket(length: int) -> int:
     """Returns the next power of two, at least BUCKET: few shapes are compiled."""
     return max(BUCKET, 1 << (length - 1).bit_length())
+
+
+def pad(rows: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
+    """Returns right-padded rows of ids; the bucket of the longest is their width."""
+    width = width or _bucket(max(map(len, rows)))
+    padded = np.zeros((len(rows), width), np.int32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
 
 
 def check_tokens(

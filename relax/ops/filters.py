@@ -22,6 +22,32 @@ def penalise_repetition(
     return jnp.where(seen, penalised, logits)
 
 
+def ban_repeated_ngrams(
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, "B"],
+    size: Int[Array, "B"],
+) -> Float[Array, "B V"]:
+    """Removes each token that would complete an n-gram the row already holds.
+
+    A row is the first `lengths` of its `tokens`, n is its `size`: 1 removes every token
+    that the row holds, 0 none.
+    """
+    slots = jnp.arange(tokens.shape[1])
+    lengths, size = lengths[:, None], size[:, None]
+    ends = (size > 0) & (slots >= size - 1) & (slots < lengths)
+
+    def compare(back, ends):
+        """Keeps the ends of n-grams whose token `back` slots earlier is the row's."""
+        last = jnp.take_along_axis(tokens, jnp.maximum(lengths - back, 0), axis=1)
+        return ends & ((jnp.roll(tokens, back, axis=1) == last) | (back >= size))
+
+    ends = jax.lax.fori_loop(1, jnp.max(size), compare, ends)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    banned = jnp.zeros(logits.shape, bool).at[rows, tokens].max(ends)
+    return jnp.where(banned, -jnp.inf, logits)
+
+
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
     """Keeps the `k` largest logits and those tied with the k-th; k = 0 keeps all."""
     V = logits.shape[-1]

@@ -48,14 +48,24 @@ def config(make_config):
     return make_config()
 
 
-@pytest.fixture(scope="session")
-def make_model(config, tokenizer) -> Callable[..., LanguageModel]:
-    """A callable: a LanguageModel whose distributions are far from flat."""
-    rng = np.random.default_rng(3)
-    params = jax.tree.map(
+def random_params(config, seed=3):
+    """Returns parameters whose distributions are far from flat."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(scale=0.5, size=leaf.shape), leaf.dtype),
         parameter_shapes(config),
     )
+
+
+@pytest.fixture(scope="session")
+def make_params() -> Callable[..., dict]:
+    return random_params
+
+
+@pytest.fixture(scope="session")
+def make_model(config, tokenizer) -> Callable[..., LanguageModel]:
+    """A callable: the LanguageModel of random parameters."""
+    params = random_params(config)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
     return lambda: LanguageModel(config, params, tokenizer, mesh)
 
@@ -205,9 +215,9 @@ class Stories(NamedTuple):
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
         return LanguageModel(self.config, self.params, self.tokenizer, mesh)
 
-    def generator(self, eos_id: int) -> Generator:
+    def generator(self, *stop_ids: int) -> Generator:
         apply = make_llama(self.config).apply
-        return Generator(apply, self.config, self.tokenizer, (eos_id,))
+        return Generator(apply, self.config, self.tokenizer, stop_ids)
 
 
 @pytest.fixture(scope="session")
@@ -268,6 +278,7 @@ def sampled() -> SamplingConfig:
         top_p=0.9,
         min_p=0.02,
         repetition_penalty=1.3,
+        no_repeat_ngram_size=2,
         seed=3,
         ignore_eos=True,
     )

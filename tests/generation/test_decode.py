@@ -14,11 +14,12 @@ LENGTHS = [3, 1, 5]
 class Run:
     """A batch of prompts, the first tokens of SCRIPT, under scripted steps."""
 
-    def __init__(self, steps, configs, remaining, ignore_eos=False):
+    def __init__(self, steps, configs, remaining, ignore_eos=False, stop_ids=(29, 41)):
         params, self.filters = sampling_params(configs)
         B = len(configs)
         keys = jnp.stack([row_key(0, row, 0) for row in range(B)])
-        self.rows = Rows(keys, params, jnp.broadcast_to(jnp.asarray(ignore_eos), B))
+        ignore_eos = jnp.broadcast_to(jnp.asarray(ignore_eos), B)
+        self.rows = Rows(keys, params, ignore_eos, jnp.asarray(stop_ids, jnp.int32))
         self.steps, self.script = steps, jnp.asarray(SCRIPT + [0] * 64)
         tokens = np.zeros((B, 7), np.int32)
         for row, length in enumerate(LENGTHS[:B]):
@@ -44,7 +45,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def steps(config, scripted_apply):
-    return make_steps(scripted_apply, config, stop_ids=(29, 41), num_ids=67)
+    return make_steps(scripted_apply, config, num_ids=67)
 
 
 def test_prefill_gives_the_token_after_each_prompt(steps):
@@ -90,13 +91,26 @@ def test_seen_holds_prompt_and_completion_and_no_padding(steps):
     assert seen == [{7, 11, 13, 17}, {7, 11, 13, 17}, {7, 11, 13, 17, 19, 23, 29, 31}]
 
 
+def test_text_holds_prompt_and_completion_in_order(steps):
+    """Pairs do not repeat in SCRIPT, so that it goes on as it does without."""
+    apart = SamplingConfig(temperature=0.0, no_repeat_ngram_size=2)
+    run = Run(steps, [apart, apart, GREEDY], [1, 3, 3], ignore_eos=True)
+    run.decode()
+    for row, count in enumerate([4, 4, 8]):
+        assert run.state.text[row, :count].tolist() == SCRIPT[:count]
+    assert run.state.text.shape == (3, 19)
+    assert run.state.seen is None
+    assert Run(steps, [GREEDY] * 3, [1, 3, 3]).state.text is None
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ids_that_the_tokenizer_lacks_are_never_chosen(
     config, scripted_apply, temperature
 ):
     """The script wants 11, 13 and 17; logprobs are still those of the whole model."""
-    steps = make_steps(scripted_apply, config, stop_ids=(), num_ids=11)
-    run = Run(steps, [SamplingConfig(temperature=temperature)] * 3, [4, 4, 4])
+    steps = make_steps(scripted_apply, config, num_ids=11)
+    sampling = [SamplingConfig(temperature=temperature)] * 3
+    run = Run(steps, sampling, [4, 4, 4], stop_ids=())
     tokens = np.concatenate([run.first, run.decode()], axis=1)[:, :4]
     assert tokens.min() >= 0 and tokens.max() < 11
 

@@ -82,12 +82,17 @@ def test_a_temperature_in_the_logprobs_is_a_mismatch(
         assert_logprobs_are_those_of_scoring(model, requests[:1], completions)
 
 
-def filtered_logprobs(logits, seen, sampling):
-    """Returns the logprobs drawn from, written out in float64 for one place."""
+def filtered_logprobs(logits, text, sampling):
+    """Returns the logprobs drawn from, written out in float64 after one text."""
     logits = logits.astype(np.float64)
-    for token in seen:
+    for token in set(text):
         factor = sampling.repetition_penalty
         logits[token] *= factor if logits[token] < 0 else 1 / factor
+    if sampling.no_repeat_ngram_size:
+        assert sampling.no_repeat_ngram_size == 2
+        for first, second in itertools.pairwise(text):
+            if first == text[-1]:
+                logits[second] = -np.inf
     logits /= sampling.temperature
     kept = np.argsort(-logits)[: sampling.top_k]
     kept = kept[: 1 + np.sum(np.cumsum(softmax(logits[kept])) < sampling.top_p)]
@@ -106,7 +111,7 @@ def assert_drawn_from_the_filtered(full_forward, requests, completions, sampling
         ids = [*request.prompt, *completion.token_ids]
         logits, start = full_forward.logits(ids), len(request.prompt)
         for place, given in enumerate(completion.sampled_logprobs, start):
-            expected = filtered_logprobs(logits[place - 1], set(ids[:place]), sampling)
+            expected = filtered_logprobs(logits[place - 1], ids[:place], sampling)
             assert abs(given - expected.get(ids[place], -np.inf)) <= 5e-5
 
 
@@ -121,6 +126,7 @@ def test_sampled_logprobs_are_those_of_the_filtered_distribution(
     [
         {"temperature": 1.0},
         {"repetition_penalty": 1.0},
+        {"no_repeat_ngram_size": 0},
         {"top_k": 5},
         {"top_p": 0.5},
         {"min_p": 0.3},
@@ -133,6 +139,22 @@ def test_every_filter_counts_in_the_sampled_logprobs(
     others = replace(sampled, **change)
     with pytest.raises(AssertionError):
         assert_drawn_from_the_filtered(full_forward, requests, completions, others)
+
+
+def assert_no_pair_repeats(requests, completions):
+    """Checks the pairs that end in a new token, where more often one came before."""
+    for request, completion in zip(requests, completions, strict=True):
+        pairs = list(itertools.pairwise([*request.prompt, *completion.token_ids]))
+        for place in range(len(request.prompt) - 1, len(pairs)):
+            assert pairs[place] not in pairs[:place]
+
+
+def test_no_pair_of_tokens_comes_twice(generator, model, requests, completions, greedy):
+    assert_no_pair_repeats(requests, completions)
+    apart = replace(greedy, no_repeat_ngram_size=2)
+    assert_no_pair_repeats(requests, generator.run(model.params, requests, apart))
+    with pytest.raises(AssertionError):
+        assert_no_pair_repeats(requests, generator.run(model.params, requests, greedy))
 
 
 # Batch invariance: what else is in the batch changes no token.
@@ -316,6 +338,19 @@ def test_the_last_token_allowed_may_be_the_end_of_text(scripted, count, ids, rea
     sampling = replace(SCRIPTED, max_new_tokens=count)
     (completion,) = scripted([b"a", b"b", b"c"]).complete(sampling, 1)
     assert (completion.token_ids, completion.finish_reason) == (ids, reason)
+
+
+def test_a_model_without_a_tokenizer_gives_all_its_ids_and_no_text(
+    config, scripted_apply, scripted
+):
+    generator = Generator(scripted_apply, config, None, (66,))
+    model = scripted([])._replace(generator=generator, script=[1, 60, 2, 66])
+    (completion,) = model.complete(SCRIPTED, 1)
+    assert (completion.token_ids, completion.text) == ([60, 2, 66], "")
+    assert completion.finish_reason == "stop"
+    stops = replace(SCRIPTED, stop_strings=["a"])
+    with pytest.raises(ValueError, match=r"stop_strings=.'a'. need a tokenizer"):
+        model.complete(stops, 1)
 
 
 def test_ignoring_the_end_of_text_goes_on_past_it(scripted):

@@ -32,48 +32,56 @@ def published(oracle_dir):
 
 @pytest.fixture(scope="module")
 def greedy_cases(oracle_dir):
-    """The runs of the peer that neither search with beams nor ban n-grams."""
+    """The runs of the peer that do not search with beams."""
     path = oracle_dir / "stories260K_generate.json"
     cases = json.loads(path.read_text())["cases"]
     assert len(cases) == 19
-    unsupported = {"num_beams", "no_repeat_ngram_size"}
-    return [case for case in cases if not unsupported & case["kwargs"].keys()]
+    return [case for case in cases if "num_beams" not in case["kwargs"]]
 
 
 def settings(case):
-    """Returns a case's repetition penalty and end of text."""
-    (eos_id,) = case["kwargs"].get("eos_token_id", [2])
-    return case["kwargs"].get("repetition_penalty", 1.0), eos_id
+    """Returns a case's repetition penalty, size of n-grams and ends of text."""
+    kwargs = case["kwargs"]
+    return (
+        kwargs.get("repetition_penalty", 1.0),
+        kwargs.get("no_repeat_ngram_size", 0),
+        tuple(kwargs.get("eos_token_id", [2])),
+    )
 
 
 def rows(cases):
-    """Yields prompts without their left padding, and what the peer made of each."""
+    """Yields prompts without their left padding, limits, and what the peer made.
+
+    After the end of text the peer pads with 0, an id that no row has elsewhere.
+    """
     for case in cases:
+        limit = case["kwargs"]["max_new_tokens"]
         inputs, masks = np.array(case["input_ids"]), np.array(case["attention_mask"])
         for ids, mask, made in zip(inputs, masks, case["sequences"], strict=True):
-            yield tuple(ids[mask == 1].tolist()), made[len(ids) :]
+            made = [token for token in made[len(ids) :] if token != 0]
+            yield tuple(ids[mask == 1].tolist()), limit, made
 
 
 def compare_with_peer(stories, params, cases):
     """Compares token ids exactly; returns how many rows were compared.
 
     Cases of equal settings run as one ragged batch; a longer run begins as a shorter
-    one. After the end of text the peer pads with 0.
+    one.
     """
     count = 0
-    for (penalty, eos_id), group in itertools.groupby(cases, settings):
-        prompts, expected = zip(*rows(group), strict=True)
+    for (penalty, ngram_size, stop_ids), group in itertools.groupby(cases, settings):
+        prompts, limits, expected = zip(*rows(group), strict=True)
         sampling = replace(
             GREEDY,
             repetition_penalty=penalty,
-            max_new_tokens=max(map(len, expected)),
+            no_repeat_ngram_size=ngram_size,
+            max_new_tokens=max(limits),
         )
-        completions = stories.generator(eos_id).run(
+        completions = stories.generator(*stop_ids).run(
             params, [Request(p, i, 0) for i, p in enumerate(prompts)], sampling
         )
-        for completion, made in zip(completions, expected, strict=True):
-            ids = completion.token_ids[: len(made)]
-            assert ids + [0] * (len(made) - len(ids)) == made
+        for completion, limit, made in zip(completions, limits, expected, strict=True):
+            assert completion.token_ids[:limit] == made
             count += 1
     return count
 
@@ -84,16 +92,61 @@ def test_greedy_tokens_are_those_of_transformers(stories, greedy_cases):
         "greedy_bos_256",
         "batch_leftpad_greedy",
         "greedy_eos_dot",
+        "greedy_no_repeat_ngram3",
         "greedy_rep1.3",
         "batch_leftpad_greedy_rep1.3",
     ]
-    assert compare_with_peer(stories, stories.params, cases) == 1 + 3 + 1 + 1 + 3
+    assert compare_with_peer(stories, stories.params, cases) == 1 + 3 + 1 + 1 + 1 + 3
 
 
 def test_wrong_parameters_give_other_tokens(stories, perturbed, greedy_cases):
     cases = [case for case in greedy_cases if case["name"] == "greedy_eos_dot"]
     with pytest.raises(AssertionError):
         compare_with_peer(stories, perturbed, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_ngrams_of_a_long_text_are_held_apart_as_transformers_does_it(
+    stories, data_dir, size
+):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.LlamaForCausalLM.from_pretrained(data_dir / "stories260K_hf")
+    made = peer.generate(
+        torch.tensor([[1]]),
+        attention_mask=torch.ones(1, 1),
+        do_sample=False,
+        max_new_tokens=128,
+        no_repeat_ngram_size=size,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    case = {
+        "input_ids": [[1]],
+        "attention_mask": [[1]],
+        "sequences": made.tolist(),
+        "kwargs": {"no_repeat_ngram_size": size, "max_new_tokens": 128},
+    }
+    assert compare_with_peer(stories, stories.params, [case]) == 1
+    case["kwargs"]["no_repeat_ngram_size"] = 0
+    with pytest.raises(AssertionError):
+        compare_with_peer(stories, stories.params, [case])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("greedy_no_repeat_ngram3", {"no_repeat_ngram_size": 2}),
+        ("greedy_rep1.3", {"repetition_penalty": 1.1}),
+        ("greedy_eos_dot", {"eos_token_id": [427]}),
+    ],
+)
+def test_every_setting_of_a_peer_counts(stories, greedy_cases, name, setting):
+    (case,) = [case for case in greedy_cases if case["name"] == name]
+    other = {**case, "kwargs": {**case["kwargs"], **setting}}
+    with pytest.raises(AssertionError):
+        compare_with_peer(stories, stories.params, [other])
 
 
 def test_the_published_text_comes_back_whole_and_streamed(model, published):

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relax.ops.filters import (
+    ban_repeated_ngrams,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -66,6 +69,87 @@ def test_repetition_penalty_by_hand():
     seen = jnp.array([[True, True, True, False, False]])
     actual = penalise_repetition(row(3.0, -3.0, 0.0, 3.0, -3.0), seen, number(1.5))
     np.testing.assert_array_equal(actual, [[2.0, -4.5, 0.0, 3.0, -3.0]])
+
+
+def banned(tokens, size, V=7):
+    """Returns what may not follow a row of tokens, the rest of which is padding."""
+    padded = jnp.asarray([[*tokens, *[3] * (11 - len(tokens))]])
+    logits = jnp.arange(float(V))[None]
+    left = ban_repeated_ngrams(logits, padded, number(len(tokens)), number(size))
+    (kept_ids,) = kept(left)
+    assert all(left[0, index] == index for index in kept_ids)
+    return sorted(set(range(V)) - set(kept_ids))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "expected"),
+    [
+        ([1, 2, 5, 1, 2], 3, [5]),
+        ([1, 2, 5, 1, 2], 2, [5]),
+        ([1, 2, 5, 1], 2, [2]),
+        ([1, 2, 5, 1], 3, []),  # 5, 1 came once
+        ([1, 2, 5, 1], 1, [1, 2, 5]),
+        ([1, 2, 1, 5, 6, 1], 2, [2, 5]),  # of two continuations, neither
+        ([4, 4, 4], 2, [4]),
+        ([4, 4, 4], 3, [4]),
+        ([4, 4, 4], 4, []),
+        ([4, 4, 4], 5, []),  # no 5-gram ends in three tokens
+        ([4], 2, []),
+        ([4], 1, [4]),
+        ([1, 2, 5, 1, 2], 0, []),
+        (list(range(7)), 1, list(range(7))),
+    ],
+)
+def test_repeated_ngrams_by_hand(tokens, size, expected):
+    assert banned(tokens, size) == expected
+
+
+def slowly_banned(tokens, size):
+    """Returns the ids that would end an n-gram of `tokens` again, by trying each."""
+    grams = {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)}
+    start = tokens[len(tokens) - size + 1 :]
+    return [t for t in range(3) if len(tokens) >= size > 0 and (*start, t) in grams]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(0, 2), max_size=11), st.integers(0, 5)),
+        min_size=5,
+        max_size=5,
+    ),
+    padding=st.integers(0, 2),
+)
+def test_repeated_ngrams_equal_a_search_of_each_row(rows, padding):
+    texts, sizes = zip(*rows, strict=True)
+    padded = [[*text, *[padding] * (11 - len(text))] for text in texts]
+    logits = _ban(
+        jnp.zeros((5, 3)),
+        jnp.asarray(padded),
+        jnp.asarray([len(text) for text in texts]),
+        jnp.asarray(sizes),
+    )
+    for left, text, size in zip(kept(logits), texts, sizes, strict=True):
+        assert sorted({0, 1, 2} - set(left)) == slowly_banned(text, size)
+
+
+_ban = jax.jit(ban_repeated_ngrams)
+
+
+def test_repeated_ngrams_equal_those_of_transformers():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, (97, 11))
+    for size in (1, 2, 3, 5):
+        theirs = transformers.NoRepeatNGramLogitsProcessor(size)(
+            torch.tensor(tokens), torch.zeros(97, 3)
+        )
+        ours = _ban(
+            jnp.zeros((97, 3)), jnp.asarray(tokens), number(11, 97), number(size, 97)
+        )
+        np.testing.assert_array_equal(ours, theirs.numpy())
+        assert np.isinf(ours).any()
 
 
 @pytest.mark.parametrize(
@@ -137,6 +221,7 @@ def test_what_an_earlier_filter_removed_stays_removed():
         keep_top_p(logits, number(1.0)),
         keep_min_p(logits, number(0.0)),
         penalise_repetition(logits, jnp.full((1, 4), True), number(1.0)),
+        ban_repeated_ngrams(logits, jnp.array([[0, 2]]), number(2), number(2)),
     ):
         np.testing.assert_array_equal(actual, logits)
 
