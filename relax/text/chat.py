@@ -100,15 +100,16 @@ class ChatTemplate:
         marks = self._marks(tokenizer, chat)
         text, _ = self._marked(chat, marks)
         text, spliced = self._splice(tokenizer, chat, marks, text, replies or {})
-        ids, inside = [], False
+        ids, spliced_before = [], False
         for _, piece in split_at(text, {*marks.ids, *spliced}):
             if piece in marks.ids:
                 ids.append(marks.ids[piece])
             elif piece in spliced:
                 ids += spliced[piece]
             else:
+                inside = spliced_before or _goes_on(tokenizer, ids)
                 ids += tokenizer.encode(piece, inside=inside)
-            inside = piece in spliced
+            spliced_before = piece in spliced
         return ids
 
     def encode_with_mask(
@@ -133,7 +134,9 @@ class ChatTemplate:
             if piece in marks.ids:
                 new, offsets = [marks.ids[piece]], [(0, 1)]
             else:
-                new, offsets = tokenizer.encode_with_offsets(piece)
+                new, offsets = tokenizer.encode_with_offsets(
+                    piece, inside=_goes_on(tokenizer, ids)
+                )
             ids += new
             mask += [_overlaps(start + a, start + b, spans) for a, b in offsets]
         return ids, mask
@@ -267,6 +270,11 @@ def _bos_and_eos(tokenizer: Tokenizer) -> dict[str, str]:
     special = tokenizer.special
     ends = {"bos_token": special.bos_id, "eos_token": special.eos_id}
     return {key: special.name_of(token_id) or "" for key, token_id in ends.items()}
+
+
+def _goes_on(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether a text after special tokens is not the start of one to the tokenizer."""
+    return tokenizer.prefix_at_start_only and bool(ids)
 
 
 def _overlaps(start: int, end: int, spans: Iterable[Span]) -> bool:

@@ -4,7 +4,7 @@ import codecs
 import re
 from collections.abc import Iterable, Sequence
 
-from relax.text.tokenizers import Tokenizer
+from relax.text.base import Tokenizer
 
 # What `surrogateescape` makes of a byte that is not UTF-8; no UTF-8 decodes to it.
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")

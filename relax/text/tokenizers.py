@@ -1,14 +1,13 @@
-"""Text to token ids and back: bytes, tiktoken and sentencepiece behind one interface.
+"""Text to token ids and back: four kinds of tokenizer behind one interface.
 
 A tokenizer adds no special ids and reads none out of text; who builds a prompt puts
 `bos_id`, `eos_id` or an entry of `special_tokens` where they belong.
 """
 
-import abc
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -16,6 +15,10 @@ from typing import Self
 import sentencepiece
 import tiktoken
 
+from relax.text import hf_export
+from relax.text.base import SPEC_FILE, Spans, SpecialTokens, Tokenizer, byte_spans
+from relax.text.byte_level import spelled_bytes
+from relax.text.hf_tokenizer import HfTokenizer
 from relax.text.tiktoken_encodings import (
     END_OF_TEXT,
     EncodingSpec,
@@ -26,17 +29,18 @@ from relax.text.tiktoken_encodings import (
     parse_ranks,
 )
 
-_SPEC_FILE = "relax_tokenizer.json"
 _SPACE = "▁"  # sentencepiece's U+2581, a space inside a piece
+# `normalizer_spec { add_dummy_prefix: false }`, which protobuf merges into the model.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Which tokenizer; raises ValueError where the fields do not fit the kind."""
 
-    kind: str  # bytes, tiktoken or sentencepiece
+    kind: str  # bytes, tiktoken, sentencepiece or huggingface
     encoding: str | None  # a name that tiktoken knows, such as gpt2
-    path: str | None  # a tiktoken or sentencepiece file
+    path: str | None  # a tiktoken or sentencepiece file, or a tokenizer.json
 
     def __post_init__(self) -> None:
         if self.kind not in TOKENIZERS:
@@ -49,6 +53,7 @@ class TokenizerConfig:
             "bytes": ([(False, False)], "neither encoding nor path"),
             "tiktoken": ([(True, False), (False, True)], "either encoding or path"),
             "sentencepiece": ([(False, True)], "path and no encoding"),
+            "huggingface": ([(False, True)], "path and no encoding"),
         }[self.kind]
         if given not in allowed:
             raise ValueError(
@@ -58,80 +63,6 @@ class TokenizerConfig:
             )
 
 
-class Tokenizer(abc.ABC):
-    """Ids 0 to `vocab_size` - 1 for pieces of text, some of them special.
-
-    Special ids stand for no text: `decode` skips them, and `encode` never gives them,
-    also where the text spells one.
-    """
-
-    kind: str
-    # How `decode` shows bytes that are not UTF-8, as an error handler of Python's.
-    utf8_errors: str
-
-    def __init__(
-        self,
-        pieces: list[bytes],
-        special_tokens: dict[str, int],
-        bos_id: int | None,
-        eos_id: int | None,
-    ) -> None:
-        self._pieces = pieces
-        self.special_tokens = special_tokens
-        self.vocab_size = len(pieces)
-        self.bos_id = bos_id
-        self.eos_id = eos_id
-
-    @abc.abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of ordinary text; lone surrogates become U+FFFD."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids, with U+FFFD for bytes that are not UTF-8."""
-        return self._decode([int(i) for i in ids if self.token_bytes(i)])
-
-    @abc.abstractmethod
-    def _decode(self, ids: list[int]) -> str: ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes that an id stands for, b"" for special and unused ids."""
-        if not 0 <= token_id < self.vocab_size:
-            raise ValueError(
-                f"token id {token_id} is outside the tokenizer's vocabulary of "
-                f"{self.vocab_size} ids"
-            )
-        return self._pieces[token_id]
-
-    def next_bytes(self, token_id: int, started: bool) -> tuple[bytes, bool]:
-        """Returns the bytes that an id adds to a text, and whether it has started then.
-
-        `started` tells whether ids before gave the text anything, which decides about
-        a space that only the start of a text drops.
-        """
-        return self.token_bytes(token_id), True
-
-    @property
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """The sha256, in hex, of everything that maps text to ids."""
-
-    def save(self, folder: Path) -> None:
-        """Writes all that `load_tokenizer` needs, whatever the tokenizer came from."""
-        folder.mkdir(parents=True, exist_ok=True)
-        spec = {"kind": self.kind, "fingerprint": self.fingerprint}
-        spec |= self._save_model(folder)
-        text = json.dumps(spec, indent=2) + "\n"
-        (folder / _SPEC_FILE).write_text(text, encoding="utf-8")
-
-    @abc.abstractmethod
-    def _save_model(self, folder: Path) -> dict:
-        """Writes the model file and returns what it leaves out."""
-
-    @classmethod
-    @abc.abstractmethod
-    def _load_model(cls, folder: Path, spec: dict) -> Self: ...
-
-
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE: every id is a byte string, and every text has ids."""
 
@@ -139,30 +70,37 @@ class TiktokenTokenizer(Tokenizer):
     utf8_errors = "replace"
     _MODEL_FILE = "tokenizer.tiktoken"
 
-    def __init__(self, spec: EncodingSpec) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: EncodingSpec, special: SpecialTokens | None = None
+    ) -> None:
+        special = special or _usual_special(spec.special_tokens)
+        self._spec = replace(spec, special_tokens=special.ids)
         self._encoding = tiktoken.Encoding(
             "relax",
             pat_str=spec.pattern,
             mergeable_ranks=spec.ranks,
-            special_tokens=spec.special_tokens,
+            special_tokens=special.ids,
         )
         pieces = [b""] * self._encoding.n_vocab
         for piece, rank in spec.ranks.items():
             pieces[rank] = piece
-        names = spec.special_tokens
-        super().__init__(
-            pieces,
-            names,
-            bos_id=names.get("<|begin_of_text|>"),
-            eos_id=names.get("<|end_of_text|>", names.get(END_OF_TEXT)),
-        )
+        super().__init__(pieces, special)
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, inside: bool) -> list[int]:
         return self._encoding.encode_ordinary(text)
+
+    def _encode_with_offsets(self, text: str, inside: bool) -> tuple[list[int], Spans]:
+        ids = self._encode(text, inside)
+        return ids, byte_spans(text, (len(self._pieces[i]) for i in ids))
 
     def _decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids, errors=self.utf8_errors)
+
+    def with_special(self, special: SpecialTokens) -> Self:
+        return type(self)(self._spec, special)
+
+    def _knows(self, name: str) -> bool:
+        return name in self.special_tokens or spelled_bytes(name) in self._spec.ranks
 
     @cached_property
     def fingerprint(self) -> str:
@@ -171,10 +109,13 @@ class TiktokenTokenizer(Tokenizer):
 
     @property
     def _settings(self) -> dict:
-        return {
+        settings = {
             "pattern": self._spec.pattern,
-            "special_tokens": self._spec.special_tokens,
+            "special_tokens": self.special_tokens,
         }
+        if self.special != _usual_special(self.special_tokens):
+            settings |= {"bos_id": self.bos_id, "eos_id": self.eos_id}
+        return settings
 
     @property
     def _model(self) -> bytes:
@@ -186,12 +127,19 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def _load_model(cls, folder: Path, spec: dict) -> Self:
+        usual = _usual_special(spec["special_tokens"])
         return cls(
             EncodingSpec(
                 pattern=spec["pattern"],
                 ranks=parse_ranks(folder / cls._MODEL_FILE),
-                special_tokens=spec["special_tokens"],
-            )
+                special_tokens=usual.ids,
+            ),
+            replace(usual, **{k: spec[k] for k in ("bos_id", "eos_id") if k in spec}),
+        )
+
+    def save_hf(self, folder: Path) -> None:
+        hf_export.write(
+            folder, hf_export.tiktoken_json(self._spec), self.special, unknown=None
         )
 
 
@@ -208,20 +156,30 @@ class SentencePieceTokenizer(Tokenizer):
     utf8_errors = "surrogateescape"
     _MODEL_FILE = "tokenizer.model"
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, special: SpecialTokens | None = None) -> None:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.load_from_serialized_proto(model)
         ids = range(self._processor.vocab_size())
-        names = {i: self._processor.id_to_piece(i) for i in ids}
-        controls = [i for i in ids if self._processor.is_control(i)]
+        special = special or self._model_special
+        super().__init__([self._piece_bytes(i) for i in ids], special)
+
+    @cached_property
+    def _model_special(self) -> SpecialTokens:
+        ids = filter(self._processor.is_control, range(self._processor.vocab_size()))
         bos_id, eos_id = self._processor.bos_id(), self._processor.eos_id()
-        super().__init__(
-            [self._piece_bytes(i) for i in ids],
-            {names[i]: i for i in controls},
+        return SpecialTokens(
+            ids={self._processor.id_to_piece(i): i for i in ids},
             bos_id=bos_id if bos_id >= 0 else None,
             eos_id=eos_id if eos_id >= 0 else None,
         )
+
+    @cached_property
+    def _inside_processor(self) -> sentencepiece.SentencePieceProcessor:
+        """The model without the space before a text."""
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.load_from_serialized_proto(self._model + _NO_DUMMY_PREFIX)
+        return processor
 
     def _piece_bytes(self, token_id: int) -> bytes:
         """Returns the bytes of a piece that stands inside a text."""
@@ -240,10 +198,20 @@ class SentencePieceTokenizer(Tokenizer):
         space = self._processor.piece_to_id(_SPACE)
         return self._processor.decode([space, space]) != ""
 
-    def encode(self, text: str) -> list[int]:
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._processor.encode(text)
+    def _encode(self, text: str, inside: bool) -> list[int]:
+        processor = self._inside_processor if inside else self._processor
+        return processor.encode(text)
+
+    def _encode_with_offsets(self, text: str, inside: bool) -> tuple[list[int], Spans]:
+        processor = self._inside_processor if inside else self._processor
+        mapping = processor.encode_as_offset_mapping(text)
+        ids, spans = mapping["ids"], mapping["offsets"]
+        # The last of the bytes of a character has all of it, those before have none.
+        for at in range(len(ids) - 2, -1, -1):
+            start, end = spans[at]
+            if start == end and self._processor.is_byte(ids[at]):
+                spans[at] = spans[at + 1]
+        return ids, spans
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
@@ -255,17 +223,44 @@ class SentencePieceTokenizer(Tokenizer):
         first = self._processor.decode([token_id]).encode()
         return first, bool(first) or self._drops_one_space
 
+    def with_special(self, special: SpecialTokens) -> Self:
+        return type(self)(self._model, special)
+
+    def _knows(self, name: str) -> bool:
+        unknown = self._processor.unk_id()
+        return (
+            name in self.special_tokens
+            or name == self._processor.id_to_piece(unknown)
+            or self._processor.piece_to_id(name) != unknown
+        )
+
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"sentencepiece\n" + self._model).hexdigest()
+        settings = self._settings
+        added = json.dumps(settings, sort_keys=True).encode() if settings else b""
+        return hashlib.sha256(b"sentencepiece\n" + added + self._model).hexdigest()
+
+    @property
+    def _settings(self) -> dict:
+        """What the model file does not say."""
+        return {} if self.special == self._model_special else asdict(self.special)
 
     def _save_model(self, folder: Path) -> dict:
         (folder / self._MODEL_FILE).write_bytes(self._model)
-        return {}
+        return {"special": self._settings}
 
     @classmethod
     def _load_model(cls, folder: Path, spec: dict) -> Self:
-        return cls((folder / cls._MODEL_FILE).read_bytes())
+        special = spec.get("special")
+        model = (folder / cls._MODEL_FILE).read_bytes()
+        return cls(model, SpecialTokens(**special) if special else None)
+
+    def save_hf(self, folder: Path) -> None:
+        """Writes tokenizer.json, and beside it the model it was made from."""
+        spec = hf_export.sentencepiece_json(self._model)
+        unknown = self._processor.id_to_piece(self._processor.unk_id())
+        hf_export.write(folder, spec, self.special, unknown=unknown)
+        (folder / self._MODEL_FILE).write_bytes(self._model)
 
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -290,11 +285,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         FileNotFoundError: the folder holds no tokenizer.
         ValueError: its files have changed since they were saved.
     """
-    path = folder / _SPEC_FILE
+    path = folder / SPEC_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; the folder holds no tokenizer")
     spec = json.loads(path.read_text(encoding="utf-8"))
-    classes = (TiktokenTokenizer, SentencePieceTokenizer)
+    classes = (TiktokenTokenizer, SentencePieceTokenizer, HfTokenizer)
     tokenizer = {c.kind: c for c in classes}[spec["kind"]]._load_model(folder, spec)
     if tokenizer.fingerprint != spec["fingerprint"]:
         raise ValueError(
@@ -302,6 +297,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"give {tokenizer.fingerprint}; restore them from the run's own folder"
         )
     return tokenizer
+
+
+def _usual_special(ids: dict[str, int]) -> SpecialTokens:
+    """Returns special tokens of tiktoken's, which names no first and last."""
+    return SpecialTokens(
+        ids=ids,
+        bos_id=ids.get("<|begin_of_text|>"),
+        eos_id=ids.get("<|end_of_text|>", ids.get(END_OF_TEXT)),
+    )
 
 
 def _make_bytes(config: TokenizerConfig) -> Tokenizer:
@@ -324,8 +328,13 @@ def _make_sentencepiece(config: TokenizerConfig) -> Tokenizer:
         ) from error
 
 
+def _make_huggingface(config: TokenizerConfig) -> Tokenizer:
+    return HfTokenizer.from_file(Path(config.path))
+
+
 TOKENIZERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
     "bytes": _make_bytes,
     "tiktoken": _make_tiktoken,
     "sentencepiece": _make_sentencepiece,
+    "huggingface": _make_huggingface,
 }

@@ -16,6 +16,7 @@ from relax.text.chat import (
     named_template,
 )
 from relax.text.folder import load_folder_tokenizer
+from relax.text.hf_tokenizer import HfTokenizer
 
 RENDERS, MASKS = 54, 12
 SPECIALS = [
@@ -379,3 +380,18 @@ def test_a_damaged_file_is_named(tmp_path, tiny, file, content, message):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_template(tmp_path, tiny)
+
+
+@pytest.mark.parametrize("form", ["llama2_library", "metaspace_library"])
+def test_text_between_special_tokens_has_the_ids_of_the_library(form, request):
+    """The later form puts its own space before the very start of a text alone."""
+    library = request.getfixturevalue(form)
+    ours = HfTokenizer(library.to_str(), {})
+    chat = named_template("mistral", ours)
+    text = chat.render(TURNS)
+    assert text == "<s>[INST] Hi [/INST]Yes</s>[INST]  And?\n [/INST]"
+    expected = library.encode(text, add_special_tokens=False).ids
+    assert chat.encode(ours, TURNS) == expected
+    assert chat.encode_with_mask(ours, TURNS)[0] == expected
+    after = ours.encode("[INST]", inside=ours.prefix_at_start_only)
+    assert expected[1 : 1 + len(after)] == after

@@ -1,5 +1,6 @@
 import base64
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relax.text.detokenizer import StopStrings, StreamingDetokenizer
+from relax.text.folder import load_folder_tokenizer
 from relax.text.tokenizers import (
     SentencePieceTokenizer,
     TokenizerConfig,
@@ -24,6 +26,7 @@ def check_stream(detokenizer, tokenizer, chunks) -> None:
     assert "".join(shown) == tokenizer.decode([i for chunk in chunks for i in chunk])
 
 
+@cache
 def awkward_ids(tokenizer) -> list[int]:
     """Returns ids of broken characters, of spaces alone, and of no text."""
     ids = []
@@ -166,8 +169,14 @@ def check_oracle(tokenizer, ids, case) -> None:
     assert shown + stream.flush() == case["final"]
 
 
+def exported(tokenizer, folder):
+    """Returns the tokenizer.json that does the same."""
+    tokenizer.save_hf(folder)
+    return load_folder_tokenizer(folder)
+
+
 def test_stream_agrees_with_sentencepiece_on_every_prefix(
-    train_sentencepiece, oracle_dir
+    train_sentencepiece, oracle_dir, tmp_path
 ):
     cases = oracle(oracle_dir, "llama2-sentencepiece")
     pieces = {p for case in cases for p in case["pieces"] if p[0] != "<" and p != "▁"}
@@ -180,6 +189,7 @@ def test_stream_agrees_with_sentencepiece_on_every_prefix(
         ids = [processor.piece_to_id(piece) for piece in case["pieces"]]
         assert [processor.id_to_piece(i) for i in ids] == case["pieces"]
         check_oracle(tokenizer, ids, case)
+        check_oracle(exported(tokenizer, tmp_path), ids, case)
 
 
 def test_stream_agrees_with_tiktoken_on_every_prefix(oracle_dir, tmp_path):
@@ -194,7 +204,9 @@ def test_stream_agrees_with_tiktoken_on_every_prefix(oracle_dir, tmp_path):
         TokenizerConfig(kind="tiktoken", encoding=None, path=str(path))
     )
     for case in cases:
-        check_oracle(tokenizer, [tokens[bytes(p)] for p in case["pieces"]], case)
+        ids = [tokens[bytes(piece)] for piece in case["pieces"]]
+        check_oracle(tokenizer, ids, case)
+        check_oracle(exported(tokenizer, tmp_path / "hf"), ids, case)
 
 
 def run_stop(stop, pieces) -> tuple[str, bool]:

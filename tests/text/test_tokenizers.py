@@ -39,13 +39,15 @@ def write_ranks(path, pieces) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (("word",), "tokenizer.kind='word' .* bytes, tiktoken, sentencepiece"),
+        (("word",), "tokenizer.kind='word' .* bytes, .*sentencepiece, huggingface"),
         (("bytes", "gpt2"), "'bytes' takes neither .* tokenizer.encoding='gpt2'"),
         (("bytes", None, "a"), "'bytes' takes neither .* tokenizer.path='a'"),
         (("tiktoken",), "'tiktoken' takes either .*=None with tokenizer.path=None"),
         (("tiktoken", "gpt2", "a"), "either .*='gpt2' with tokenizer.path='a'"),
         (("sentencepiece",), "takes path and no encoding, .* tokenizer.path=None"),
         (("sentencepiece", "gpt2", "a"), "no encoding, .* tokenizer.encoding='gpt2'"),
+        (("huggingface",), "takes path and no encoding, .* tokenizer.path=None"),
+        (("huggingface", "gpt2", "a"), "no encoding, .* tokenizer.encoding='gpt2'"),
     ],
 )
 def test_config_names_the_fields_that_do_not_fit(fields, message):
@@ -141,6 +143,95 @@ def test_sentencepiece_ids_and_text_are_the_librarys(mistral, data_dir):
     bad = [1, *ids, 0xF0 + 3, 0x9F + 3, *ids, 0xC3 + 3]
     assert mistral.decode(bad) == processor.decode(bad)
     assert mistral.decode(bad).count("\ufffd") == 2 + 2 + 1  # one a bad byte
+
+
+def test_mistral_gives_back_every_byte(mistral, data_dir):
+    path = str(data_dir / "mistral" / "tokenizer.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    pieces = [processor.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
+    assert [mistral.token_bytes(i) for i in pieces] == [
+        bytes([value]) for value in range(256)
+    ]
+    text = "".join(map(chr, range(0x800)))
+    assert mistral.decode(pieces[:128]) == text[:128]
+    for character in text[128:]:
+        assert mistral.decode(pieces[b] for b in character.encode()) == character
+
+
+@pytest.mark.parametrize("fixture", ["tiny", "tiny_keeping_spaces", "mistral"])
+def test_inside_sentencepiece_has_no_space_before_it(fixture, request):
+    tokenizer = request.getfixturevalue(fixture)
+    assert tokenizer.encode("", inside=True) == []
+    for text in ("the fox", " the fox", "  ", "\n🚀"):
+        ids = tokenizer.encode(text, inside=True)
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_inside_makes_no_difference_to_bytes(byte_tokenizer, gpt2):
+    for tokenizer in (byte_tokenizer, gpt2):
+        assert tokenizer.encode("the", inside=True) == tokenizer.encode("the")
+
+
+@given(text=st.text(), inside=st.booleans())
+@settings(deadline=None)
+def test_spans_cover_the_text_in_order(faithful_tokenizer, text, inside):
+    """Each has the characters of which its token holds bytes, "▁" spelling a space."""
+    ids, spans = faithful_tokenizer.encode_with_offsets(text, inside=inside)
+    assert ids == faithful_tokenizer.encode(text, inside=inside)
+    assert len(ids) == len(spans)
+    covered = 0
+    for token_id, (start, end) in zip(ids, spans, strict=True):
+        piece = faithful_tokenizer.token_bytes(token_id)
+        assert covered - 1 <= start <= covered <= end <= len(text)
+        covered = end
+        whole = text[start:end].replace("▁", " ").encode()
+        assert piece in whole or piece == b" " + whole
+    assert covered == len(text)
+
+
+def test_spans_by_hand(byte_tokenizer, gpt2, tiny):
+    ids, spans = byte_tokenizer.encode_with_offsets("aé\n")
+    assert (ids, spans) == ([97, 0xC3, 0xA9, 10], [(0, 1), (1, 2), (1, 2), (2, 3)])
+    assert gpt2.encode_with_offsets("Hello world") == ([15496, 995], [(0, 5), (5, 11)])
+    ids, spans = tiny.encode_with_offsets("the the é")
+    assert spans == [(0, 3), (3, 7), (7, 8), (8, 9), (8, 9)]
+    assert tiny.encode_with_offsets("é")[1] == [(0, 0), (0, 1), (0, 1)]
+    assert tiny.encode_with_offsets("é", inside=True)[1] == [(0, 1), (0, 1)]
+
+
+def test_spans_count_surrogates_as_the_text_does(byte_tokenizer):
+    ids, spans = byte_tokenizer.encode_with_offsets("\ud83d\ude80a\ud800b")
+    assert bytes(ids).decode() == "🚀a\ufffdb"
+    assert spans == [*4 * [(0, 2)], (2, 3), *3 * [(3, 4)], (4, 5)]
+
+
+@pytest.mark.parametrize(
+    "names", [[""], ["<a>", "<a>"], ["<a>", "{eos}"], ["a"], ["<a>", "{unknown}"]]
+)
+def test_special_tokens_must_be_new(tokenizer, names):
+    (eos,) = (n for n, i in tokenizer.special_tokens.items() if i == tokenizer.eos_id)
+    known = {"eos": eos, "unknown": "<unk>" if eos == "</s>" else "a"}
+    with pytest.raises(ValueError, match=r"special token .* already in the vocabulary"):
+        tokenizer.with_special_tokens([name.format(**known) for name in names])
+
+
+@pytest.mark.parametrize("fixture", ["byte_tokenizer", "gpt2"])
+def test_added_tokens_leave_bos_and_eos(fixture, request, tmp_path):
+    """Also where their names are those that usually begin and end a text."""
+    tokenizer = request.getfixturevalue(fixture)
+    names = ["<|begin_of_text|>", "<|end_of_text|>"]
+    added = tokenizer.with_special_tokens(names)
+    added.save(tmp_path)
+    for each in (added, load_tokenizer(tmp_path), added.with_special_tokens(["<a>"])):
+        assert (each.bos_id, each.eos_id) == (None, tokenizer.eos_id)
+
+
+def test_files_of_earlier_versions_still_load(tiny_model, tiny, tmp_path):
+    fingerprint = hashlib.sha256(b"sentencepiece\n" + tiny_model).hexdigest()
+    (tmp_path / "tokenizer.model").write_bytes(tiny_model)
+    spec = {"kind": "sentencepiece", "fingerprint": fingerprint}
+    (tmp_path / "relax_tokenizer.json").write_text(json.dumps(spec))
+    assert load_tokenizer(tmp_path).encode(SAMPLE) == tiny.encode(SAMPLE)
 
 
 def test_gpt2_ids_are_llama_cpps(gpt2, oracle_dir):
