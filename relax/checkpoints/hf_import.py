@@ -78,7 +78,9 @@ def _load_leaf(config: LlamaConfig, tensors: Tensors, leaf: Leaf, sharding) -> A
             made[key] = _read(config, tensors, leaf, [range(*part) for part in key])
         return made[key]
 
-    return jax.make_array_from_callback(shape, sharding, numbers, dtype=dtype)
+    array = jax.make_array_from_callback(shape, sharding, numbers, dtype=dtype)
+    # Devices copy in the background: several host arrays would be waiting at a time.
+    return jax.block_until_ready(array)
 
 
 def _read(

@@ -1,5 +1,6 @@
 """experiments/bench: the benchmarks run at tiny sizes and compare equal work."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -115,6 +116,63 @@ def test_attention_prints_ratios_of_equal_work(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("/ torch enable_gqa ") == 12
     assert "decode, 3 kv heads, cache of 0.0 MiB" in printed
+
+
+SMALL_LOAD = [
+    "model.hidden_size=512",
+    "model.intermediate_size=1536",
+    "model.num_hidden_layers=5",
+    "model.num_attention_heads=8",
+    "model.num_key_value_heads=2",
+    "model.vocab_size=1024",
+    "cases=[[bfloat16,float32]]",
+    "shards=[2]",
+    "keep_freed_memory=[false]",
+]
+
+
+def test_load_stays_within_its_bound(monkeypatch, capsys):
+    import load
+
+    monkeypatch.setattr(load, "PEER", "nothing_installed")
+    assert load.main(SMALL_LOAD) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16 in 2 files as float32, relax, keep_freed_memory=false" in printed
+    assert printed.count("\n") == 1
+    peak, size = (
+        int(re.search(rf"{name} (\d+)", printed)[1]) for name in ("peak", "parameters")
+    )
+    assert size == 60
+    assert peak >= 0.95 * size  # the whole model was there, and was seen
+
+
+@pytest.mark.slow
+def test_load_measures_transformers_alike(tmp_path):
+    pytest.importorskip("transformers")
+    import load
+
+    config = load.load_config("load", SMALL_LOAD)
+    _, peer = load.plan(config)
+    size = load.target_of(load.model_config(config, "float32")).size
+    load.write_checkpoint(tmp_path / "weights", config, "bfloat16", 2)
+    usage = load.run(config, peer, tmp_path / "weights")
+    assert peer.loader == "transformers"
+    assert 0.95 * size < usage.peak < 2 * size
+
+
+@pytest.mark.parametrize(("above", "code"), [(0, 0), (1, 1)])
+def test_load_fails_above_its_bound(monkeypatch, capsys, above, code):
+    """In bytes: 2 layers of 24x40, the largest of all, and what holds all layers."""
+    import load
+
+    numbers = 64 * 24 + 2 * (2 * 24 * 24 + 2 * 24 * 8 + 3 * 24 * 40 + 2 * 24) + 24
+    bound = 4 * (numbers + 2 * 2 * 24 * 40)
+    monkeypatch.setattr(load, "PEER", "nothing_installed")
+    monkeypatch.setattr(load, "run", lambda *_: load.Usage(bound + above, 2.0))
+    sizes = [override for override in TINY_MODEL if override.startswith("model.")]
+    cases = ["cases=[[float32,float32]]", "shards=[1]", "keep_freed_memory=[true]"]
+    assert load.main([*sizes, *cases]) == code
+    assert "peak / bound of 0: 1.00; 2.00 s, " in capsys.readouterr().out
 
 
 def test_cores_that_are_not_there_are_refused():
