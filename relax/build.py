@@ -118,7 +118,13 @@ def _load_pretrained(folder: Path, mesh: Mesh, dtype: str | None) -> LanguageMod
 
 def _load_run(reference: str, mesh: Mesh, dtype: str | None) -> LanguageModel:
     check_dtype(dtype)
-    folder, name = resolve_run(reference)
+    try:
+        folder, name = resolve_run(reference)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} (a released model's folder holds config.json or params.json, and "
+            "a hub id is owner/name)"
+        ) from None
     with RunCheckpoints(folder, read_only=True) as checkpoints:
         step = checkpoints.step_named(name)
         logger.info("checkpoint: step %d (%s) of %s", step, name, folder)

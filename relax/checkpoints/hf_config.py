@@ -103,6 +103,17 @@ _ROPE_FIELDS = {
     ),
 }
 _ORIGINAL = "rope_original_max_position_embeddings"
+# What decides which family has a model, if one has.
+_DISTINCTIVE = (
+    "qkv_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "qk_norm",
+    "sliding_window",
+    "max_window_layers",
+    "rope_type",
+    _ORIGINAL,
+)
 # What no config.json says: how a model is held and run.
 _OURS = {"dropout", "param_dtype", "compute_dtype", "scan_layers", "remat", "attention"}
 
@@ -113,7 +124,34 @@ def read_config(raw: Mapping[str, Any], source: str, dtype: str) -> LlamaConfig:
     `source` names the file in errors. Raises ValueError for an architecture, a RoPE
     scaling or a layer pattern that the model doesn't have.
     """
-    family = _family(raw, source)
+    try:
+        return _read(raw, dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def write_config(config: LlamaConfig, model_type: str | None = None) -> Json:
+    """Returns the config.json of a model, of family `model_type` where that can be.
+
+    Otherwise it is of the first family that reads back as the same model. Raises
+    ValueError where none does.
+    """
+    preferred = [model_type] if model_type in FAMILIES else []
+    for family in dict.fromkeys([*preferred, *FAMILIES]):
+        if family == "llama" and config.hidden_size % config.num_attention_heads:
+            continue  # which transformers refuses in this family alone
+        raw = _write_as(config, family)
+        if _meaning(read_config(raw, family, config.param_dtype)) == _meaning(config):
+            return raw
+    told = ", ".join(f"model.{name}={getattr(config, name)}" for name in _DISTINCTIVE)
+    raise ValueError(
+        f"no family of {', '.join(FAMILIES)} has {told} together: the model can't be "
+        "exported"
+    )
+
+
+def _read(raw: Mapping[str, Any], dtype: str) -> LlamaConfig:
+    family = _family(raw)
     values = FAMILIES[family].defaults | {
         key: value
         for key, value in raw.items()
@@ -121,15 +159,15 @@ def read_config(raw: Mapping[str, Any], source: str, dtype: str) -> LlamaConfig:
     }
     if values.get("quantization_config"):
         raise ValueError(
-            f"{source}: quantization_config={values['quantization_config']}: quantised "
-            "weights can't be read; use the unquantised checkpoint"
+            f"quantization_config={values['quantization_config']}: quantised weights "
+            "can't be read; use the unquantised checkpoint"
         )
     bias = family == "qwen2" or values.get("attention_bias", False)
-    window, first = _window(values, family, source)
+    window, first = _window(values, family)
     fields = {name: values[name] for name in _SAME_NAMES} | {
         "num_key_value_heads": values["num_key_value_heads"]
         or values["num_attention_heads"],
-        "hidden_act": _activation(values["hidden_act"], source),
+        "hidden_act": _activation(values["hidden_act"]),
         "qkv_bias": bias,
         "attention_out_bias": bias and family != "qwen2",
         "mlp_bias": values.get("mlp_bias", False),
@@ -143,54 +181,32 @@ def read_config(raw: Mapping[str, Any], source: str, dtype: str) -> LlamaConfig:
         "remat": "none",
         "attention": "auto",
     }
-    try:
-        return LlamaConfig(**fields, **_read_rope(values, source))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from None
+    return LlamaConfig(**fields, **_read_rope(values))
 
 
-def write_config(config: LlamaConfig, model_type: str | None = None) -> Json:
-    """Returns the config.json of a model, of family `model_type` where that can be.
-
-    Otherwise it is of the first family that reads back as the same model. Raises
-    ValueError where none does.
-    """
-    preferred = [model_type] if model_type in FAMILIES else []
-    for family in dict.fromkeys([*preferred, *FAMILIES]):
-        raw = _write_as(config, family)
-        if _meaning(read_config(raw, family, config.param_dtype)) == _meaning(config):
-            return raw
-    raise ValueError(
-        f"no family of {', '.join(FAMILIES)} has model.qkv_bias={config.qkv_bias}, "
-        f"model.attention_out_bias={config.attention_out_bias}, model.mlp_bias="
-        f"{config.mlp_bias}, model.qk_norm={config.qk_norm}, model.sliding_window="
-        f"{config.sliding_window} together: the model can't be exported"
-    )
-
-
-def _family(raw: Mapping[str, Any], source: str) -> str:
+def _family(raw: Mapping[str, Any]) -> str:
     known = {family.architecture: name for name, family in FAMILIES.items()}
     given = (raw.get("architectures") or [None])[0]
     name = raw.get("model_type")
     if name not in FAMILIES or given not in (None, FAMILIES[name].architecture):
         raise ValueError(
-            f"{source}: model_type={name!r} with architectures={given!r} is unknown; "
+            f"model_type={name!r} with architectures={given!r} is unknown; "
             f"known are {', '.join(f'{known[a]} ({a})' for a in known)}"
         )
     return name
 
 
-def _activation(name: str, source: str) -> str:
+def _activation(name: str) -> str:
     ours = {theirs: name for name, theirs in _ACTIVATIONS.items()}.get(name, name)
     if ours not in ACTIVATIONS:
         known = [_ACTIVATIONS.get(name, name) for name in ACTIVATIONS]
         raise ValueError(
-            f"{source}: hidden_act={name!r} is unknown; known are {', '.join(known)}"
+            f"hidden_act={name!r} is unknown; known are {', '.join(known)}"
         )
     return ours
 
 
-def _window(values: Json, family: str, source: str) -> tuple[int | None, int]:
+def _window(values: Json, family: str) -> tuple[int | None, int]:
     """Returns the window, and the number of first layers that are without it."""
     L = values["num_hidden_layers"]
     window = values.get("sliding_window") if family != "llama" else None
@@ -201,14 +217,13 @@ def _window(values: Json, family: str, source: str) -> tuple[int | None, int]:
         first = types.count("full_attention")
         if types != ["full_attention"] * first + ["sliding_attention"] * (L - first):
             raise ValueError(
-                f"{source}: layer_types={types} is not supported: layers with full "
-                f"attention must come first, then those with sliding_attention, {L} in "
-                "all"
+                f"layer_types={types} is not supported: layers with full attention "
+                f"must come first, then those with sliding_attention, {L} in all"
             )
     return (None, 0) if window is None or first == L else (window, first)
 
 
-def _read_rope(values: Json, source: str) -> Json:
+def _read_rope(values: Json) -> Json:
     """Returns the rope fields of a LlamaConfig."""
     rope = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
     nested = [value for value in rope.values() if isinstance(value, Mapping)]
@@ -216,20 +231,17 @@ def _read_rope(values: Json, source: str) -> Json:
         rope = dict(nested[0])
     elif nested:
         raise ValueError(
-            f"{source}: rope_parameters={rope} differ between layers, which is not "
-            "supported"
+            f"rope_parameters={rope} differ between layers, which is not supported"
         )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in KINDS:
         raise ValueError(
-            f"{source}: rope_type={kind!r} is not supported; known are "
-            f"{', '.join(KINDS)}"
+            f"rope_type={kind!r} is not supported; known are {', '.join(KINDS)}"
         )
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1))
     if partial not in (None, 1):
         raise ValueError(
-            f"{source}: partial_rotary_factor={partial} is not supported: RoPE turns "
-            "whole heads"
+            f"partial_rotary_factor={partial} is not supported: RoPE turns whole heads"
         )
     theta = rope.get("rope_theta") or values.get("rope_theta") or _DEFAULT_THETA
     original = None
@@ -241,7 +253,7 @@ def _read_rope(values: Json, source: str) -> Json:
     if factor is None and kind == "yarn" and original:
         factor = values["max_position_embeddings"] / original
     if factor is None and kind != "default":
-        raise ValueError(f"{source}: rope_type={kind!r} needs a factor")
+        raise ValueError(f"rope_type={kind!r} needs a factor")
     return {
         "rope_theta": float(theta),
         "rope_type": kind,

@@ -6,7 +6,8 @@ from pathlib import Path
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _TORCH = ["*.json", "pytorch_model*.bin", "tokenizer.model", "*.jinja"]
-_NOT_NEEDED = ["*/*"]  # other formats stand in folders
+# Other formats: in folders, or Mistral's beside the one that is read.
+_NOT_NEEDED = ["*/*", "consolidated*"]
 
 
 def split_hub_id(reference: str) -> tuple[str, str | None] | None:

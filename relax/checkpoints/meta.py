@@ -16,6 +16,7 @@ from relax.checkpoints.tensors import Tensor, Tensors, open_torch
 PARAMS = "params.json"
 _SPLIT_ROWS = (".wq", ".wk", ".wv", ".w1", ".w3", "output")
 _SPLIT_COLUMNS = (".wo", ".w2")
+_SIZES = ("dim", "n_layers", "n_heads", "multiple_of")
 _ELSEWHERE = ("moe_args", "vision_chunk_size", "quantization_args", "quantizer")
 
 
@@ -35,6 +36,11 @@ def open_meta(folder: Path, params: Mapping[str, Any]) -> tuple[Json, Tensors]:
             f"{folder / PARAMS}: {odd[0]}={params[odd[0]]} is not supported: the "
             "model must be a plain Llama"
         )
+    for name in _SIZES:
+        if not isinstance(size := params.get(name, 1), int) or size < 1:
+            raise ValueError(
+                f"{folder / PARAMS}: {name}={size!r} must be a whole number above 0"
+            )
     try:
         shards = [open_torch(path) for path in paths]
         tensors = {

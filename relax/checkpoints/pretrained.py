@@ -15,6 +15,7 @@ from relax.model.parameters import Params
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 AUTO = "auto"
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def find_pretrained(reference: str) -> Path | None:
         known = any((folder / name).is_file() for name in (CONFIG, PARAMS))
         return folder if known else None
     hub_id = split_hub_id(reference)
-    if hub_id is None or Path(hub_id[0]).parent.exists():  # runs/..., say
+    if hub_id is None:
+        return None
+    owner = Path(hub_id[0]).parent
+    if owner.exists() or owner.name == RUNS:  # a mistyped path rather
         return None
     return fetch(*hub_id)
 

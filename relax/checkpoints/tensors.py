@@ -120,7 +120,9 @@ def open_torch(path: Path) -> Tensors:
 
 def _torch_load(torch: Any, path: Path) -> Any:
     options = {"map_location": "cpu", "weights_only": True}
-    if path.open("rb").read(2) == b"PK":
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
         return torch.load(path, mmap=True, **options)
     return torch.load(path, **options)  # the form before PyTorch 1.6 can't be mapped
 
@@ -137,7 +139,7 @@ def _torch_tensor(path: Path, name: str, tensor: Any) -> Tensor:
     dtype = _known_dtype(path, name, names.get(tensor.dtype, str(tensor.dtype)))
 
     def read(slices: tuple[slice, ...]) -> np.ndarray:
-        piece = tensor[slices].contiguous()
+        piece = tensor.detach()[slices].contiguous()
         if dtype == _DTYPES["BF16"]:  # which numpy knows through ml_dtypes alone
             return piece.view(torch.int16).numpy().view(dtype)
         return piece.numpy()
@@ -156,8 +158,10 @@ def _known_dtype(path: Path, name: str, dtype: str) -> np.dtype:
 
 def _open_sharded(index: Path, open_file: Callable[[Path], Tensors]) -> Tensors:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        raise ValueError(f"{index} has no weight_map of tensors to files")
     paths = {name: index.parent / file for name, file in weight_map.items()}
     if missing := sorted({str(p) for p in paths.values() if not p.is_file()}):
         raise FileNotFoundError(

@@ -11,6 +11,7 @@ from relax.model.parameters import (
     flat_parameters,
     parameter_count,
     parameter_shapes,
+    resize_vocabulary,
     stack_layers,
     training_flops_per_token,
     unstack_layers,
@@ -145,3 +146,85 @@ def test_unrolled_initialisation_has_zero_biases(make_config):
     biases = [x for path, x in flat_parameters(params) if path.endswith("/bias")]
     assert len(biases) == 2 * 7
     assert not any(np.any(bias) for bias in biases)
+
+
+@pytest.fixture(scope="module")
+def tables(make_config):
+    """A configuration of 67 tokens, and tables of 128 rows that are no padding yet."""
+    config = make_config(num_hidden_layers=2)
+    rng = np.random.default_rng(3)
+    params = {
+        f"llama/{name}": {
+            "weight": jnp.asarray(rng.normal(size=(128, 28)), jnp.float32)
+        }
+        for name in ("embed_tokens", "lm_head", "norm")
+    }
+    return config, params
+
+
+def resized(tables, new_ids, rows, seed=0):
+    return resize_vocabulary(*tables, new_ids, rows, jax.random.key(seed))
+
+
+@pytest.mark.parametrize(("end", "height"), [(70, 128), (128, 128), (131, 192)])
+def test_new_rows_are_the_mean_of_the_known_ones(tables, end, height):
+    config, params = resized(tables, range(67, end), "mean")
+    assert config == replace(tables[0], vocab_size=end)
+    assert config.padded_vocab_size == height
+    for name in ("llama/embed_tokens", "llama/lm_head"):
+        old, new = (np.asarray(p[name]["weight"]) for p in (tables[1], params))
+        assert new.shape == (height, 28)
+        np.testing.assert_array_equal(new[:67], old[:67])
+        mean = old[:67].sum(axis=0, dtype=np.float64) / 67
+        np.testing.assert_allclose(new[67:end], np.tile(mean, (end - 67, 1)), 0, 1e-6)
+    assert params["llama/norm"] is tables[1]["llama/norm"]
+
+
+def test_rows_within_the_vocabulary_are_set_and_those_after_them_kept(tables):
+    """Where a released table has more rows than its tokenizer ids."""
+    config, params = resized(tables, range(60, 62), "mean")
+    assert config == tables[0]
+    old, new = (np.asarray(p["llama/lm_head"]["weight"]) for p in (tables[1], params))
+    np.testing.assert_array_equal(
+        np.delete(new, [60, 61], 0)[:126], np.delete(old, [60, 61], 0)
+    )
+    np.testing.assert_allclose(new[61], old[:60].mean(axis=0), 0, 1e-6)
+
+
+def test_the_mean_of_narrow_rows_is_taken_in_float32(make_config):
+    """Of 1 and 67 - 1 times 256, which bfloat16 sums would lose."""
+    config = make_config(param_dtype="bfloat16", tie_word_embeddings=True)
+    table = jnp.full((128, 28), 256.0, jnp.bfloat16).at[:40].set(1.0)
+    given = {"llama/embed_tokens": {"weight": table}}
+    _, params = resized((config, given), range(67, 68), "mean")
+    new = params["llama/embed_tokens"]["weight"]
+    assert new.dtype == jnp.bfloat16
+    exact = (40 * 1 + 27 * 256) / 67
+    assert np.all(np.asarray(new[67], np.float32) == np.float32(jnp.bfloat16(exact)))
+
+
+def test_new_rows_may_be_zeros_or_normal(tables):
+    _, zeros = resized(tables, range(67, 73), "zeros")
+    assert not np.any(zeros["llama/lm_head"]["weight"][67:73])
+    config, normal = resized(tables, range(67, 1067), "normal")
+    rows = {
+        name: np.asarray(normal[f"llama/{name}"]["weight"][67:1067])
+        for name in ("embed_tokens", "lm_head")
+    }
+    for values in rows.values():
+        assert abs(values.std() - config.initializer_range) < 5e-4
+        assert abs(values.mean()) < 5e-4
+    correlation = np.corrcoef(rows["embed_tokens"].ravel(), rows["lm_head"].ravel())
+    assert abs(correlation[0, 1]) < 0.05
+    _, again = resized(tables, range(67, 1067), "normal")
+    _, other = resized(tables, range(67, 1067), "normal", seed=1)
+    same, differ = (
+        np.array_equal(p["llama/lm_head"]["weight"][67:1067], rows["lm_head"])
+        for p in (again, other)
+    )
+    assert same and not differ
+
+
+def test_other_rows_are_unknown(tables):
+    with pytest.raises(ValueError, match="rows='ones' is unknown; choose one of"):
+        resized(tables, range(67, 68), "ones")
