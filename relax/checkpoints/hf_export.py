@@ -12,9 +12,10 @@ import numpy as np
 from relax.checkpoints.hf_config import Json, write_config
 from relax.checkpoints.names import Leaf, leaves
 from relax.checkpoints.pretrained import CONFIG, GENERATION_CONFIG
+from relax.checkpoints.progress import Progress
 from relax.checkpoints.tensors import SAFETENSORS
 from relax.model.config import LlamaConfig
-from relax.model.parameters import Params
+from relax.model.parameters import Params, parameter_count
 
 # Keys that are written anew, and that would contradict them in another form.
 _REPLACED = ("rope_parameters", "dtype", "layer_types", "transformers_version")
@@ -81,6 +82,7 @@ def _write_weights(
 
     shards = _plan(config, max_shard_bytes)
     weight_map, total = {}, 0
+    progress = Progress("wrote", parameter_count(config))
     for number, shard in enumerate(shards, 1):
         name = SAFETENSORS
         if len(shards) > 1:
@@ -93,6 +95,7 @@ def _write_weights(
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
+        progress.add(sum(tensor.size for tensor in tensors.values()))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{SAFETENSORS}.index.json", index)

@@ -4,19 +4,17 @@ Besides the parameters themselves, no more of the host's memory is held than one
 of a device and one piece of a tensor.
 """
 
-import logging
-import time
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
 from relax.checkpoints.names import IGNORED, Leaf, leaves
+from relax.checkpoints.progress import Progress
 from relax.checkpoints.tensors import Tensor, Tensors
 from relax.model.config import LlamaConfig
-from relax.model.parameters import Params
-
-logger = logging.getLogger(__name__)
+from relax.model.parameters import Params, parameter_count
 
 _PIECE_BYTES = 2**24
 
@@ -32,13 +30,13 @@ def load_params(
     """
     wanted = list(leaves(config, source))
     check_tensors(config, tensors, wanted)
-    began, params = time.monotonic(), {}
+    progress, params = Progress("read", parameter_count(config)), {}
     for leaf in wanted:
         sharding = shardings[leaf.module][leaf.name]
         array = _load_leaf(config, tensors, leaf, sharding)
         params.setdefault(leaf.module, {})[leaf.name] = array
-    size = sum(array.nbytes for array in jax.tree.leaves(params)) / 2**20
-    logger.info("read %.0f MiB in %.1f s", size, time.monotonic() - began)
+        size = math.prod(leaf.their_shape(config.vocab_size))
+        progress.add(len(leaf.names) * size)
     return params
 
 

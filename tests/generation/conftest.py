@@ -1,7 +1,5 @@
 """Small models that generate: random ones, scripted ones, and a trained one."""
 
-import json
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import relax
 from relax.generation.generator import Completion, Generator, Request
 from relax.language_model import LanguageModel
 from relax.model.llama import LlamaOutput, make_llama
-from relax.model.parameters import parameter_shapes, stack_layers
+from relax.model.parameters import parameter_shapes
 from relax.ops.logprobs import compute_logits
 from relax.sampling import SamplingConfig
 from relax.sharding import MeshConfig, make_mesh
@@ -22,8 +21,6 @@ from relax.text.tiktoken_encodings import END_OF_TEXT, EncodingSpec
 from relax.text.tokenizers import (
     TiktokenTokenizer,
     Tokenizer,
-    TokenizerConfig,
-    make_tokenizer,
 )
 
 EOS = 66
@@ -221,51 +218,9 @@ class Stories(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def stories(make_config, data_dir) -> Stories:
-    folder = data_dir / "stories260K_hf"
-    given = json.loads((folder / "config.json").read_text())
-    names = make_config().__dict__.keys() & given.keys()
-    config = make_config(head_dim=None, **{name: given[name] for name in names})
-    tokenizer = make_tokenizer(
-        TokenizerConfig(
-            kind="sentencepiece", encoding=None, path=str(folder / "tokenizer.model")
-        )
-    )
-    tensors = read_safetensors(folder / "model.safetensors")
-    return Stories(config, to_relax(tensors, config), tokenizer)
-
-
-def read_safetensors(path) -> dict[str, np.ndarray]:
-    """Returns the float32 tensors of a file: a header's length, the header, numbers."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        assert entry["dtype"] == "F32"
-        shape, offset = entry["shape"], start + entry["data_offsets"][0]
-        flat = np.frombuffer(data, "<f4", math.prod(shape), offset)
-        tensors[name] = flat.reshape(shape)
-    return tensors
-
-
-def to_relax(tensors: dict[str, np.ndarray], config) -> dict:
-    """Returns our parameters: the peer's matrices are `[out, in]`, rows by head."""
-    params = {}
-    for name, tensor in tensors.items():
-        *modules, module, _ = name.removeprefix("model.").split(".")
-        if modules:
-            modules[:2] = [f"layers_{modules[1]}", "block"]
-        if module in ("q_proj", "k_proj", "v_proj"):
-            tensor = tensor.T.reshape(config.hidden_size, -1, config.head_width)
-        elif module == "o_proj":
-            tensor = tensor.T.reshape(-1, config.head_width, config.hidden_size)
-        elif module.endswith("_proj"):
-            tensor = tensor.T
-        path = "/".join(["llama", *modules, module])
-        params[path] = {"weight": jnp.asarray(tensor)}
-    return stack_layers(params)
+def stories(data_dir) -> Stories:
+    model = relax.load(data_dir / "stories260K_hf")
+    return Stories(model.config, model.params, model.tokenizer)
 
 
 @pytest.fixture(scope="session")

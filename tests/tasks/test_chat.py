@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -284,7 +285,10 @@ def test_in_a_terminal_a_reply_streams_and_can_be_stopped(screen, tmp_path):
     assert 0 < int(re.search(r", (\d+) made", shown)[1]) < 50_000
 
     # At the prompt Ctrl-C clears the line, and arrow-up recalls the one before.
-    screen.type("half a line\x03")
+    screen.type("half a line")
+    screen.read_to("half a line")
+    time.sleep(0.5)  # until readline waits: a signal before that waits for a key
+    screen.type("\x03")
     screen.read_to(r"\n> ")
     screen.type("\x1b[A")
     screen.read_to("/stats")
