@@ -54,7 +54,7 @@ class Origin:
     """What a checkpoint said besides its model, kept for the next one.
 
     stop_ids end a text. config_json, generation_json: of the released folder that the
-    model came from ({} for a model trained here).
+    model came from (None for a model trained here).
     """
 
     stop_ids: tuple[int, ...] = ()

@@ -55,7 +55,7 @@ class NewFolder:
     """
 
     def __init__(self, folder: Path, option: str) -> None:
-        self._folder = folder
+        self._folder = folder = folder.absolute()
         self._partial = folder.with_name(f"{folder.name}.partial")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(

@@ -1,7 +1,7 @@
 """From the tensors of a released checkpoint to parameters, a piece at a time.
 
-Besides the parameters themselves, no more of the host's memory is held than one array
-of a device and one piece of a tensor.
+Besides the parameters themselves, no more of the host's memory is held than one array,
+as far as devices of this process have parts of it, and one piece of a tensor.
 """
 
 import math

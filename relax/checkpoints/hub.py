@@ -6,8 +6,9 @@ from pathlib import Path
 _ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 _TORCH = ["*.json", "pytorch_model*.bin", "tokenizer.model", "*.jinja"]
+_META = ["*.json", "consolidated.*.pth", "tokenizer.model"]
 # Other formats: in folders, or Mistral's beside the one that is read.
-_NOT_NEEDED = ["*/*", "consolidated*"]
+_NOT_NEEDED = ["*/*", "consolidated*.safetensors"]
 
 
 def split_hub_id(reference: str) -> tuple[str, str | None] | None:
@@ -35,7 +36,9 @@ def fetch(repo_id: str, revision: str | None) -> Path:
 
     try:
         folder = snapshot(_NEEDED)
-        if not any(folder.glob("*.safetensors")):
+        if not (folder / "config.json").is_file():
+            folder = snapshot(_META)
+        elif not any(folder.glob("*.safetensors")):
             folder = snapshot(_TORCH)
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f"@{revision}" if revision else ""

@@ -1,6 +1,6 @@
 """Released checkpoints: a Hugging Face folder, a hub id, or Meta's original folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from relax.checkpoints.hf_config import Json, read_config
 from relax.checkpoints.hf_import import load_params
 from relax.checkpoints.hub import fetch, split_hub_id
 from relax.checkpoints.meta import PARAMS, open_meta
+from relax.checkpoints.names import leaves
 from relax.checkpoints.tensors import Tensors, open_tensors, read_json, widest_dtype
 from relax.model.config import DTYPES, LlamaConfig
 from relax.model.parameters import Params
@@ -59,10 +60,15 @@ def find_pretrained(reference: str) -> Path | None:
     hub_id = split_hub_id(reference)
     if hub_id is None:
         return None
-    owner = Path(hub_id[0]).parent
-    if owner.exists() or owner.name == RUNS:  # a mistyped path rather
+    if Path(hub_id[0]).parent.name == RUNS:  # a mistyped path rather
         return None
-    return fetch(*hub_id)
+    folder = fetch(*hub_id)
+    if not any((folder / name).is_file() for name in (CONFIG, PARAMS)):
+        raise FileNotFoundError(
+            f"checkpoint={reference}: the hub's repository holds neither {CONFIG} nor "
+            f"{PARAMS} (a GGUF file, say, can't be read); take the original model's"
+        )
+    return folder
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -92,7 +98,12 @@ def open_pretrained(folder: Path, dtype: str | None, platform: str) -> Pretraine
     else:
         path, source = folder / PARAMS, "meta"
         config_json, tensors = open_meta(folder, read_json(path))
+    config = read_config(
+        config_json, str(path), "float32" if dtype in (None, AUTO) else dtype
+    )
     if dtype == AUTO or (dtype is None and platform != "cpu"):
-        dtype = widest_dtype(tensors)
-    config = read_config(config_json, str(path), dtype or "float32")
+        # Of what is read: old files hold float32 buffers beside float16 weights.
+        names = {name for leaf in leaves(config, source) for name in leaf.names}
+        own = widest_dtype({n: t for n, t in tensors.items() if n in names})
+        config = replace(config, param_dtype=own, compute_dtype=own)
     return Pretrained(folder, config, tensors, source, config_json, generation_json)

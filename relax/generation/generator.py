@@ -120,7 +120,9 @@ class Generator:
         keys = [row_key(sampling.seed, r.input_index, r.sample_index) for r in padded]
         params, filters = sampling_params([sampling] * len(padded))
         return Batch(
-            tokens=pad([request.prompt for request in padded]),
+            tokens=pad(
+                [request.prompt for request in padded], bucket(max(lengths), limit)
+            ),
             lengths=np.asarray(lengths, np.int32),
             remaining=np.asarray(new[: len(requests)] + [0] * extra, np.int32),
             rows=Rows(
@@ -129,7 +131,7 @@ class Generator:
                 ignore_eos=np.full(len(padded), sampling.ignore_eos),
                 stop_ids=np.asarray(stop_ids, np.int32),
             ),
-            capacity=_bucket(max(map(sum, zip(lengths, new, strict=True)))),
+            capacity=bucket(max(map(sum, zip(lengths, new, strict=True))), limit),
             filters=filters,
             sampling=sampling,
             stop_ids=stop_ids,
@@ -273,14 +275,16 @@ class _Text:
         return piece if stopped else piece + self._stops.flush()
 
 
-def _bucket(length: int) -> int:
-    """Returns the next power of two, at least BUCKET: few shapes are compiled."""
-    return max(BUCKET, 1 << (length - 1).bit_length())
+def bucket(length: int, limit: int) -> int:
+    """Returns the next power of two, at least BUCKET: few shapes are compiled.
+
+    At most `limit`, the context, which no row exceeds.
+    """
+    return min(limit, max(BUCKET, 1 << (length - 1).bit_length()))
 
 
-def pad(rows: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
-    """Returns right-padded rows of ids; the bucket of the longest is their width."""
-    width = width or _bucket(max(map(len, rows)))
+def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Returns rows of ids `[B, width]`, right-padded."""
     padded = np.zeros((len(rows), width), np.int32)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from relax.generation.decode import grown
-from relax.generation.generator import Batch, Completion, Generator, Request, pad
+from relax.generation.generator import (
+    Batch,
+    Completion,
+    Generator,
+    Request,
+    bucket,
+    pad,
+)
 from relax.model.cache import Cache
 from relax.model.parameters import Params
 from relax.sampling import SamplingConfig
@@ -102,7 +109,7 @@ class Session:
         return self._generator.steps.extend(
             params,
             cache,
-            pad([new] * B),
+            pad([new] * B, bucket(len(new), cache.capacity)),
             np.full(B, len(new), np.int32),
             pad([prompt] * B, cache.capacity),
             batch.remaining,

@@ -157,7 +157,7 @@ def test_an_impossible_id_is_one_clear_error(cache):
         relax.load("owner/a..b")
 
 
-@pytest.mark.parametrize("reference", ["runs/nothing", "runs/nothing@best", "mine/x"])
+@pytest.mark.parametrize("reference", ["runs/nothing", "runs/nothing@best"])
 @pytest.mark.parametrize("there", [True, False], ids=["runs is there", "no runs yet"])
 def test_a_mistyped_path_never_asks_the_hub(monkeypatch, tmp_path, reference, there):
     def refuse(*args, **kwargs):
@@ -165,11 +165,46 @@ def test_a_mistyped_path_never_asks_the_hub(monkeypatch, tmp_path, reference, th
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
     if there:
         (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match=f"checkpoint={reference}: no complete"):
         relax.load(reference)
+
+
+def test_a_folder_of_other_models_does_not_hide_the_hub(
+    cache, save_peer, monkeypatch, tmp_path
+):
+    put(cache, "owner/name", save_peer("Llama").folder.iterdir())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "other").mkdir(parents=True)
+    assert find_pretrained("owner/name").is_relative_to(cache)
+
+
+def test_a_repository_of_another_format_says_so(cache, tmp_path):
+    (tmp_path / "README.md").write_text("see model.gguf")
+    put(cache, "owner/gguf", [tmp_path / "README.md"])
+    with pytest.raises(FileNotFoundError, match="holds neither config"):
+        relax.load("owner/gguf")
+
+
+def test_a_repository_in_metas_form_is_asked_for_its_own_files(monkeypatch, tmp_path):
+    there = ["params.json", "consolidated.00.pth", "tokenizer.model", "LICENSE.txt"]
+
+    def snapshot_download(repo_id, *, revision, allow_patterns, ignore_patterns):
+        for name in filter_repo_objects(
+            there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert sorted(
+        path.name for path in fetch("meta-llama/Llama-2-7b", None).iterdir()
+    ) == [
+        "consolidated.00.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
 
 
 def test_a_folder_here_is_taken_before_the_hub(save_peer, monkeypatch, tmp_path):

@@ -1,12 +1,15 @@
 """Checkpoints of every family, as transformers 5.23 saves and runs them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import relax
 from relax import SamplingConfig
+from relax.checkpoints.pretrained import open_pretrained
 
 # Three layers of float32 sums of up to 60 products; seen: 1.8e-5 in hidden states.
 TOLERANCE = 1e-4
@@ -174,6 +177,19 @@ def test_narrow_files_are_widened_exactly_and_kept_with_auto(
     np.testing.assert_allclose(
         relax.load(peer.folder).logits(tokens), logits, 0, TOLERANCE
     )
+
+
+def test_what_is_not_read_does_not_decide_the_dtype(save_peer, tmp_path):
+    """Old files hold float32 buffers, and tied ones an output layer of their own."""
+    folder = save_peer("Llama", "float16", tie_word_embeddings=True).folder
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    more = {name: np.ones(4, np.float32), "lm_head.weight": np.ones((5, 3), np.float32)}
+    save_file(tensors | more, path)
+    config = open_pretrained(tmp_path / "model", "auto", "cpu").config
+    assert config.param_dtype == config.compute_dtype == "float16"
 
 
 def test_wide_files_are_rounded_to_the_nearest(save_peer, read_folder):

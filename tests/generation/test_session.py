@@ -196,16 +196,16 @@ def capacity(chat):
 
 
 def test_capacity_doubles_where_it_must(chat):
-    """40 + 11 tokens fit into 64 slots, 54 + 11 do not, and no text needs 256."""
+    """40 + 11 tokens fit into 64 slots, 54 + 11 do not; the context has 101."""
     chat.say(TURNS[3] * 3 + TURNS[4])
     assert capacity(chat) == 64
     assert chat.say(TURNS[0]) == (1 + 3, 50)
-    assert capacity(chat) == 128
+    assert capacity(chat) == 101
     assert chat.say(TURNS[4]) == (1 + 1, 64)
-    assert capacity(chat) == 128
+    assert capacity(chat) == 101
     chat.ids = chat.ids[:9]
     assert chat.say([]) == (1, 8)
-    assert capacity(chat) == 128
+    assert capacity(chat) == 101
 
 
 def test_a_reply_ends_where_the_context_is_full(chat):
