@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import jax
 import rich.console
 from rich.text import Text
 
@@ -16,8 +17,8 @@ from relax.language_model import LanguageModel
 from relax.sampling import SamplingConfig
 from relax.tasks.chat_commands import respond
 from relax.tasks.conversation import Conversation, Turn
+from relax.tasks.options import check_context, check_template
 from relax.text.chat import ChatTemplate, named_template
-from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +33,25 @@ class ChatConfig:
     """How to talk.
 
     template: null (the checkpoint's own), a name that relax.text.chat.TEMPLATES has, or
-    a path to a .jinja file. system: the system message to begin with. history_file: of
-    the lines typed; null: in the user's state folder; "": none.
+    a path to a .jinja file. system: the system message to begin with. context: the most
+    tokens that a prompt and its reply may have; null: the model's
+    max_position_embeddings. history_file: of the lines typed; null: in the user's state
+    folder; "": none.
     """
 
     kind: str
     template: str | None
     system: str | None
+    context: int | None
     history_file: str | None
+
+    def __post_init__(self):
+        check_context(self.context)
 
 
 def check(config: ChatConfig) -> None:
     """Raises ValueError or FileNotFoundError for a template that there is not."""
-    if config.template is not None:
-        any_tokenizer = TokenizerConfig(kind="bytes", encoding=None, path=None)
-        named_template(config.template, make_tokenizer(any_tokenizer))
+    check_template(config.template)
 
 
 def run(config: ChatConfig, model: LanguageModel, sampling: SamplingConfig) -> None:
@@ -56,7 +61,8 @@ def run(config: ChatConfig, model: LanguageModel, sampling: SamplingConfig) -> N
     line of stdin that is not blank gets a reply on stdout, written as it is with one
     newline after it, and all else that there is to say goes to stderr.
     """
-    conversation = Conversation(model, chosen_template(config, model), sampling)
+    template = chosen_template(config, model)
+    conversation = Conversation(model, template, sampling, config.context)
     if config.system is not None:
         try:
             conversation.set_system(config.system)
@@ -109,16 +115,30 @@ def converse(conversation: Conversation, console: "Pipe | Terminal") -> None:
                 _show(answer.reply, conversation.turn, console)
         except ValueError as error:
             console.note(" ".join(str(error).split()), style="red")
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            console.note(
+                "the device failed, and the conversation is as it was; a smaller "
+                f"task.context takes less memory: {reason}",
+                style="red",
+            )
 
 
 def _show(reply: Iterator[str], turn: Turn, console: "Pipe | Terminal") -> None:
     if turn.dropped:
         turns = "turn" if turn.dropped == 1 else f"{turn.dropped} turns"
         console.note(f"the context is full: the oldest {turns} dropped")
-    with contextlib.closing(reply):
-        for piece in reply:
-            if not console.write(piece):
-                break
+    shown = False
+    try:
+        with contextlib.closing(reply):
+            for piece in reply:
+                shown |= bool(piece)
+                if not console.write(piece):
+                    break
+    except jax.errors.JaxRuntimeError:
+        if shown:
+            console.write("\n")
+        raise
     console.end(turn)
 
 

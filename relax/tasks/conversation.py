@@ -1,17 +1,22 @@
 """A conversation with a model: its messages, the replies to them, and their cache."""
 
 import contextlib
+import functools
 import json
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from relax.generation.generator import Completion
 from relax.language_model import STREAM_CHUNK, LanguageModel
 from relax.sampling import SamplingConfig
+from relax.tasks.options import chosen_context
 from relax.text.chat import ChatTemplate
 from relax.text.detokenizer import StreamingDetokenizer
 
@@ -58,15 +63,22 @@ class _Entry(NamedTuple):
 class Conversation:
     """Messages that grow by a question and its reply; nothing fails half done.
 
-    `sampling` may be replaced between replies. `turn` is the last reply's record. A
-    reply is an iterator of pieces of text: it belongs to the conversation as far as it
-    was made, whether it ended by itself or was closed.
+    context: the most tokens that a prompt and its reply can have. `sampling` may be
+    replaced between replies. `turn` is the last reply's record. A reply is an iterator
+    of pieces of text: it belongs to the conversation as far as it was made, whether it
+    ended by itself or was closed.
     """
 
     def __init__(
-        self, model: LanguageModel, template: ChatTemplate, sampling: SamplingConfig
+        self,
+        model: LanguageModel,
+        template: ChatTemplate,
+        sampling: SamplingConfig,
+        context: int | None = None,
     ):
+        """`context`: null is the model's; raises ValueError where that has fewer."""
         self.sampling = sampling
+        self.context = chosen_context(context, model.config)
         self.turn: Turn | None = None
         self._model = model
         self._template = template
@@ -84,11 +96,6 @@ class Conversation:
     def turns(self) -> int:
         """The number of messages of the user."""
         return sum(entry.role == "user" for entry in self._entries)
-
-    @property
-    def context(self) -> int:
-        """The most tokens that a prompt and its reply can have."""
-        return self._model.config.max_position_embeddings
 
     def say(self, text: str) -> Iterator[str]:
         """Returns the reply to a message of the user.
@@ -114,7 +121,7 @@ class Conversation:
 
     def clear(self) -> None:
         """Forgets all but the system message."""
-        self._entries = self._system()
+        self._entries = _head(self._entries)
         self.turn = None
 
     def set_system(self, text: str | None) -> None:
@@ -126,7 +133,7 @@ class Conversation:
         if text is not None:
             head = [_Entry({"role": "system", "content": text})]
         self._check([entry.message for entry in head])
-        self._entries = [*head, *self._entries[len(self._system()) :]]
+        self._entries = [*head, *self._entries[len(_head(self._entries)) :]]
 
     def load(self, messages: Sequence[dict]) -> None:
         """Takes messages (see `read_messages`) in the place of its own.
@@ -136,9 +143,6 @@ class Conversation:
         self._check(messages)
         self._entries = [_Entry(message) for message in messages]
         self._sample_index, self.turn = 0, None
-
-    def _system(self) -> list[_Entry]:
-        return [entry for entry in self._entries[:1] if entry.role == "system"]
 
     def _check(self, messages: Sequence[dict]) -> None:
         """Raises ValueError where the template refuses what a user may yet answer."""
@@ -150,8 +154,15 @@ class Conversation:
     def _reply(self, entries: list[_Entry], sample_index: int) -> Iterator[str]:
         """Returns the pieces of a reply to `entries`, which are taken over at once."""
         entries, tokens, dropped = self._fitted(entries)
-        chunk = min(STREAM_CHUNK, self.sampling.tokens_per_dispatch)
-        sampling = replace(self.sampling, tokens_per_dispatch=chunk)
+        room, wanted = self.context - len(tokens), self.sampling.max_new_tokens
+        limit = f"sampling.max_new_tokens={wanted}"
+        if room < wanted:
+            limit = f"the context of {self.context} tokens"
+        sampling = replace(
+            self.sampling,
+            max_new_tokens=min(room, wanted),
+            tokens_per_dispatch=min(STREAM_CHUNK, self.sampling.tokens_per_dispatch),
+        )
         pieces = self._session.reply(
             self._model.params,
             tokens,
@@ -160,29 +171,34 @@ class Conversation:
             stop_ids=self._stop_ids,
             stop_strings=self._stop_strings,
         )
+        before = self._entries, self._sample_index, self.turn
         self._entries, self._sample_index = entries, sample_index
         self.turn = Turn(prompt=len(tokens), dropped=dropped)
-        return self._stream(pieces, tokens, sampling, self.turn)
+        return self._stream(pieces, tokens, limit, self.turn, before)
 
     def _fitted(self, entries: list[_Entry]) -> tuple[list[_Entry], list[int], int]:
-        """Returns what fits of a conversation, its tokens, and the turns left out.
+        """Returns what stays of a conversation, its tokens, and the turns left out.
 
-        The oldest turns are left out, never the system message. Raises ValueError
-        where not even the last turn fits.
+        All of it stays while it leaves room for a reply. Then the oldest turns, never
+        the system message, go until half of the context is free, so that the replies
+        that follow find in the cache what stays. Only the last turn may take more.
+        Raises ValueError where not even that fits.
         """
-        reserved = min(self.sampling.max_new_tokens, self.context // 4)
-        head = [entry for entry in entries[:1] if entry.role == "system"]
-        starts = [i for i, entry in enumerate(entries) if entry.role == "user"]
-        for dropped, start in enumerate(starts):
-            kept = [*head, *entries[start:]] if dropped else entries
-            tokens = self._encode(kept)
-            if len(tokens) + reserved <= self.context:
-                return kept, tokens, dropped
-        raise ValueError(
-            f"the message takes {len(tokens)} tokens, and the context of "
-            f"{self.context} leaves {self.context - reserved} beside {reserved} for a "
-            "reply; shorten it"
-        )
+        reserved = min(self.sampling.max_new_tokens, max(1, self.context // 4))
+        room, dropped = self.context - reserved, 0
+        tokens = functools.cache(lambda n: self._encode(_without(entries, n)))
+        if len(tokens(0)) > room:
+            last = sum(entry.role == "user" for entry in entries) - 1
+            dropped = bisect_left(
+                range(last), True, key=lambda n: len(tokens(n)) <= self.context // 2
+            )
+        if len(tokens(dropped)) > room:
+            raise ValueError(
+                f"the message takes {len(tokens(dropped))} tokens, and the context of "
+                f"{self.context} leaves {room} beside {reserved} for a reply; shorten "
+                "it"
+            )
+        return _without(entries, dropped), tokens(dropped), dropped
 
     def _encode(self, entries: list[_Entry]) -> list[int]:
         return self._template.encode(
@@ -196,10 +212,14 @@ class Conversation:
         self,
         pieces: Iterator[str],
         tokens: list[int],
-        sampling: SamplingConfig,
+        limit: str,
         turn: Turn,
+        before: tuple[list[_Entry], int, Turn | None],
     ) -> Iterator[str]:
-        """Yields a reply; records it at its end, or where it is closed."""
+        """Yields a reply; records it at its end, or where it is closed.
+
+        Where the device fails, as for lack of memory, all is as it was before.
+        """
         started, ended = time.perf_counter(), True
         try:
             with contextlib.closing(pieces):
@@ -210,21 +230,19 @@ class Conversation:
                     yield piece
         except GeneratorExit:
             ended = False
+        except jax.errors.JaxRuntimeError:
+            self._entries, self._sample_index, self.turn = before
+            raise
         turn.seconds = time.perf_counter() - started
-        self._record(tokens, turn, sampling, ended)
+        self._record(tokens, turn, limit, ended)
 
-    def _record(
-        self, tokens: list[int], turn: Turn, sampling: SamplingConfig, ended: bool
-    ) -> None:
+    def _record(self, tokens: list[int], turn: Turn, limit: str, ended: bool) -> None:
         """Puts the reply that the session holds into the conversation."""
         completion = self._session.completion
         turn.prefilled, turn.reused = self._session.prefilled, self._session.reused
         turn.made = len(completion.token_ids)
         if ended and completion.finish_reason == "length":
-            limit = sampling.max_new_tokens
-            turn.cut = f"the context of {self.context} tokens"
-            if turn.made == limit:
-                turn.cut = f"sampling.max_new_tokens={limit}"
+            turn.cut = limit
             ids = list(completion.token_ids)
         else:
             ids = self._ids_of_text(tokens, completion)
@@ -249,6 +267,19 @@ class Conversation:
                 return ids[:count]
             text += detokenizer.add([token])
         return list(ids) if text == completion.text else None
+
+
+def _without(entries: list[_Entry], dropped: int) -> list[_Entry]:
+    """Returns a conversation without its oldest turns, the system message kept."""
+    if not dropped:
+        return entries
+    starts = [i for i, entry in enumerate(entries) if entry.role == "user"]
+    return [*_head(entries), *entries[starts[dropped] :]]
+
+
+def _head(entries: list[_Entry]) -> list[_Entry]:
+    """Returns the system message, in a list, or an empty one."""
+    return [entry for entry in entries[:1] if entry.role == "system"]
 
 
 def write_messages(path: Path, messages: Sequence[dict]) -> None:

@@ -8,6 +8,7 @@ from relax.checkpoints.hf_export import NewFolder
 from relax.language_model import LanguageModel
 from relax.model.parameters import NEW_ROWS
 from relax.sampling import SamplingConfig
+from relax.tasks.options import check_template
 from relax.text.chat import named_template
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,23 @@ class ExportConfig:
 
 
 def check(config: ExportConfig) -> None:
-    """Raises FileExistsError where the folder is there already."""
+    """Raises FileExistsError where the folder is there already.
+
+    Raises ValueError or FileNotFoundError for a template that there is not.
+    """
+    check_template(config.template)
     NewFolder(Path(config.output_path), "output_path")
 
 
 def run(config: ExportConfig, model: LanguageModel, sampling: SamplingConfig) -> None:
     """Writes the folder; see ExportConfig."""
     del sampling
+    if config.template is not None and model.tokenizer is None:
+        raise ValueError(
+            f"task.template={config.template!r}, and the checkpoint holds no "
+            "tokenizer, without which there is no chat; put its tokenizer.json or "
+            "tokenizer.model into the folder, or take task.template=null"
+        )
     if config.add_special_tokens:
         added = model.add_special_tokens(config.add_special_tokens, config.new_rows)
         logger.info("special tokens added: %s", added)

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 from relax.language_model import LanguageModel, Score
 from relax.sampling import SamplingConfig
 from relax.tasks.files import check_output, read_text, read_texts, write_rows
+from relax.tasks.options import check_context, chosen_context
+from relax.text.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,10 @@ class ScoreConfig:
 
     prompt: one text; prompts_file: one text per line, or under "text" or "prompt" of a
     .jsonl file; path: a file or a glob, each file one text; one of the three is given.
-    output_path: a .jsonl file, one line per text; null: the terminal. stride: by how
-    many tokens the windows of a text longer than the context advance; null: half the
-    context. batch_size: windows that run at a time.
+    output_path: a .jsonl file, one line per text; null: the terminal. context: the
+    tokens of a window over a text; null: the model's max_position_embeddings. stride:
+    by how many tokens the windows of a text longer than the context advance; null: half
+    the context. batch_size: windows that run at a time.
     """
 
     kind: str
@@ -33,6 +36,7 @@ class ScoreConfig:
     prompts_file: str | None
     path: str | None
     output_path: str | None
+    context: int | None
     stride: int | None
     batch_size: int
 
@@ -47,6 +51,7 @@ class ScoreConfig:
                 f"{' and '.join(given) or 'no text'} given; give one of prompt, "
                 "prompts_file and task.path"
             )
+        check_context(self.context)
         for name in ("stride", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -69,8 +74,9 @@ def run(
     del sampling
     named = _read(config)
     rows = [model.encode(text) for _, text in named]
-    stride = config.stride or max(1, model.config.max_position_embeddings // 2)
-    scores = score_rows(model, rows, stride, config.batch_size)
+    context = chosen_context(config.context, model.config)
+    stride = config.stride or context // 2
+    scores = score_rows(model, rows, context, stride, config.batch_size)
     lines = [
         name | {"text": text} | describe(model, score)
         for (name, text), score in zip(named, scores, strict=True)
@@ -82,24 +88,21 @@ def run(
             terminal.write(json.dumps(line, ensure_ascii=False) + "\n")
     count = sum(line["num_scored"] for line in lines)
     nll = sum(line["nll"] for line in lines)
-    logger.info(
-        "%d texts, %d tokens scored: %.4f nats per token, perplexity %.3f",
-        len(lines),
-        count,
-        nll / max(1, count),
-        perplexity(nll, count),
-    )
+    logger.info("%d texts: %s", len(lines), _in_words(nll, count))
 
 
 def score_rows(
-    model: LanguageModel, rows: Sequence[Sequence[int]], stride: int, batch_size: int
+    model: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    context: int,
+    stride: int,
+    batch_size: int,
 ) -> list[Score]:
     """Returns a score for each list of ids, also where it exceeds the context.
 
     Such a list is scored in windows as long as the context, each `stride` further on;
     a token counts in the first window that holds it, given all of that window before.
     """
-    context = model.config.max_position_embeddings
     spans = [list(windows(len(row), context, stride)) for row in rows]
     pieces = [
         row[start:stop]
@@ -130,12 +133,16 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int]]
 
 
 def describe(model: LanguageModel, score: Score) -> dict[str, Any]:
-    """Returns what a line of output says of a score; logprobs are in nats."""
+    """Returns what a line of output says of a score; logprobs are in nats.
+
+    Its tokens keep their spaces, so that they can be laid along the text: a special one
+    is its name, and bytes that are not UTF-8 by themselves are U+FFFD.
+    """
     known = [logprob for logprob in score.logprobs if logprob is not None]
     nll = -math.fsum(known)
     tokens = {}
     if model.tokenizer is not None:
-        tokens = {"tokens": [model.tokenizer.decode([i]) for i in score.token_ids]}
+        tokens = {"tokens": [_shown(model.tokenizer, i) for i in score.token_ids]}
     return {
         "token_ids": score.token_ids,
         **tokens,
@@ -151,6 +158,20 @@ def perplexity(nll: float, count: int) -> float | None:
     if count == 0 or nll / count > 700.0:
         return None
     return math.exp(nll / count)
+
+
+def _shown(tokenizer: Tokenizer, token_id: int) -> str:
+    """Returns the text that an id stands for, the name of a special one."""
+    piece = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+    return piece or tokenizer.special.name_of(token_id) or ""
+
+
+def _in_words(nll: float, count: int) -> str:
+    if count == 0:
+        return "nothing to score"
+    value = perplexity(nll, count)
+    shown = "perplexity beyond floats" if value is None else f"perplexity {value:.3f}"
+    return f"{count} tokens scored: {nll / count:.4f} nats per token, {shown}"
 
 
 def _read(config: ScoreConfig) -> list[tuple[dict[str, str], str]]:

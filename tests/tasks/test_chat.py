@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from relax.tasks.chat import (
@@ -28,7 +29,9 @@ from relax.text.chat import named_template
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ChatConfig(kind="chat", template=None, system=None, history_file=None)
+CONFIG = ChatConfig(
+    kind="chat", template=None, system=None, context=None, history_file=None
+)
 
 
 class Echo:
@@ -75,6 +78,40 @@ def test_turns_that_left_are_counted_before_the_reply(capsys):
         "the context is full: the oldest turn dropped",
         "the context is full: the oldest 2 turns dropped",
     ]
+
+
+def test_a_device_without_memory_is_told_and_the_talk_goes_on(capsys):
+    class Small(Echo):
+        def say(self, text):
+            pieces = super().say(text)
+            return self.failing(pieces, text) if "big" in text else pieces
+
+        @staticmethod
+        def failing(pieces, text):
+            yield "" if "too" in text else next(pieces)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 7 bytes\nin detail")
+
+    converse(Small(), Script("big", "too big", "hello"))
+    shown = capsys.readouterr()
+    assert shown.out == "big\nhello\n"
+    first, second = shown.err.splitlines()
+    assert first == second
+    assert re.search(r"as it was; .* task.context .*: RESOURCE_EXHAUSTED: 7", first)
+
+
+def test_another_error_of_a_reply_is_no_one_s_to_hide():
+    class Broken(Echo):
+        def say(self, text):
+            raise RuntimeError("a mistake in the program")
+
+    with pytest.raises(RuntimeError, match="a mistake in the program"):
+        converse(Broken(), Script("hello"))
+
+
+def test_a_context_has_two_tokens():
+    assert replace(CONFIG, context=2).context == 2
+    with pytest.raises(ValueError, match=r"task.context=1 must be at least 2"):
+        replace(CONFIG, context=1)
 
 
 @pytest.fixture
@@ -313,6 +350,10 @@ def test_in_a_terminal_a_reply_streams_and_can_be_stopped(screen, tmp_path):
         (
             ("task.template=mistral", "task.system=Hm."),
             "task.system='Hm.': ",
+        ),
+        (
+            ("task.template=plain", "task.context=513"),
+            "task.context=513 must be at most 512",
         ),
     ],
 )

@@ -6,7 +6,7 @@ after 11 (`<|im_start|>assistant` and a newline) and ends with 2.
 
 import json
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,55 @@ def test_a_reply_at_its_limit_says_which(chat):
     assert chat.turn.cut == "the context of 101 tokens"
 
 
+def test_a_shorter_context_cuts_the_reply(model, tokenizer):
+    """53 tokens leave 32 after a prompt of 21."""
+    long = SamplingConfig(temperature=0.0, max_new_tokens=97, ignore_eos=True)
+    chat = Conversation(model, named_template("chatml", tokenizer), long, context=53)
+    ids = ids_of(tokenizer, "user", "ab") + opening(tokenizer)
+    (fresh,) = model.generate([ids], replace(long, max_new_tokens=32))
+    assert said(chat.say("ab")) == fresh.text
+    assert (chat.context, chat.turn.made) == (53, 32)
+    assert chat.turn.cut == "the context of 53 tokens"
+    with pytest.raises(ValueError, match=r"takes 59 tokens.* 53 leaves 40 beside 13"):
+        chat.say("x" * 40)
+    chat.sampling = GREEDY
+    said(chat.retry())
+    assert chat.turn.cut == "sampling.max_new_tokens=7"
+
+
+def test_a_context_beyond_the_models_is_refused_with_both_numbers(model, tokenizer):
+    template = named_template("chatml", tokenizer)
+    assert Conversation(model, template, GREEDY, 101).context == 101
+    with pytest.raises(ValueError, match=r"task.context=102 must be at most 101"):
+        Conversation(model, template, GREEDY, 102)
+
+
+@pytest.mark.parametrize("dispatches", [0, 1])
+@pytest.mark.parametrize("question", ["say", "retry"])
+def test_a_reply_that_the_device_fails_at_changes_nothing(
+    model, tokenizer, chat, monkeypatch, dispatches, question
+):
+    said(chat.say("ab"))
+    before, turn = chat.messages, chat.turn
+    run = Generator.dispatches
+
+    def failing(*arguments):
+        yield from islice(run(*arguments), dispatches)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "dispatches", failing)
+        reply = chat.say("cde") if question == "say" else chat.retry()
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+            said(reply)
+    assert (chat.messages, chat.turn) == (before, turn)
+    ids = ids_of(tokenizer, "user", "ab")
+    (first,) = model.generate([ids + opening(tokenizer)], GREEDY)
+    ids += ids_of(tokenizer, "assistant", first.token_ids)
+    ids += ids_of(tokenizer, "user", "f") + opening(tokenizer)
+    assert said(chat.say("f")) == model.generate([ids], GREEDY)[0].text
+
+
 def test_retry_gives_the_next_sample_in_the_replys_place(model, tokenizer, talk):
     chat = talk(DRAWN)
     ids = ids_of(tokenizer, "user", "ab")
@@ -178,28 +227,59 @@ def test_a_closed_reply_stays_as_far_as_it_was_made(talk, tokenizer):
 
 
 def test_oldest_turns_leave_a_full_context(chat):
-    """A turn has 30 tokens with its reply, and the system message 11."""
+    """A turn has 30 tokens with its reply, and the system message 11.
+
+    All of it is 122 tokens at the fourth turn. Half of the context is 50: without two
+    turns 62 would be left, so three go, and two turns more fit with room for a reply.
+    """
     chat.set_system("S")
     sizes = []
-    for text in ("a1", "a2", "a3", "a4", "a5"):
+    for text in ("a1", "a2", "a3", "a4", "a5", "a6", "a7"):
         said(chat.say(text))
-        sizes.append((chat.turn.prompt, chat.turn.dropped, chat.turns))
-    assert sizes == [(32, 0, 1), (62, 0, 2), (92, 0, 3), (92, 1, 3), (92, 1, 3)]
+        turn = chat.turn
+        sizes.append((turn.prompt, turn.dropped, turn.reused, chat.turns))
+    # With the fourth turn the cache has the system message and the seven tokens up to
+    # "a" in common; the turns after it find all but a reply's last token.
+    first = [(32, 0, 0, 1), (62, 0, 38, 2), (92, 0, 68, 3)]
+    then = [(32, 3, 18, 1), *first[1:]]
+    assert sizes == [*first, *then, then[0]]
     contents = [message["content"] for message in chat.messages]
-    assert contents[:2] == ["S", "a3"]
-    assert contents[3::2] == ["a4", "a5"]
+    assert contents[:2] == ["S", "a7"] and len(contents) == 3
+
+
+def test_the_turns_that_must_leave_are_found_by_few_encodings(chat, monkeypatch):
+    """A turn of 9 and 14 tokens: after 20 of the last one a second makes 43 of 50."""
+    turn = [("user", "q"), ("assistant", "a")]
+    chat.load([{"role": role, "content": text} for role, text in turn * 64])
+    encode, calls = chat._template.encode, []
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(chat._template, "encode", counted)
+    said(chat.say("z"))
+    assert (chat.turn.prompt, chat.turn.dropped, chat.turns) == (43, 63, 2)
+    assert len(calls) <= 1 + 7
+
+
+def test_the_last_turn_may_take_more_than_half_of_the_context(chat):
+    said(chat.say("ab"))
+    said(chat.say("x" * 60))
+    assert (chat.turn.prompt, chat.turn.dropped, chat.turns) == (79, 1, 1)
 
 
 def test_a_reply_after_turns_have_left_is_that_to_what_remains(model, tokenizer, chat):
+    """A turn has 29 tokens: 20, 49 and 78 fit, and of 107 two turns leave 49."""
     turns = []
-    for text in ("a1", "a2", "a3", "a4"):
-        kept = turns[1:] if text == "a4" else turns
+    for text in ("a", "b", "c", "d"):
+        kept = turns[2:] if text == "d" else turns
         ids = [*chain.from_iterable(kept), *ids_of(tokenizer, "user", text)]
         (fresh,) = model.generate([ids + opening(tokenizer)], GREEDY)
         assert said(chat.say(text)) == fresh.text
         reply = ids_of(tokenizer, "assistant", fresh.token_ids)
         turns.append(ids_of(tokenizer, "user", text) + reply)
-    assert chat.turn.dropped == 1
+    assert (chat.turn.prompt, chat.turn.dropped) == (49, 2)
 
 
 def test_a_message_that_never_fits_is_refused_with_both_numbers(chat):
@@ -307,46 +387,6 @@ def test_messages_come_back_from_their_file(talk, tmp_path):
     assert "Sé" in path.read_text("utf-8")
     other.load(read_messages(path))
     assert other.messages == chat.messages
-
-
-def test_a_file_is_written_complete_or_not_at_all(tmp_path):
-    path = tmp_path / "chat.json"
-    path.write_text("of an earlier day")
-    with pytest.raises(TypeError):
-        write_messages(path, [{"role": "user", "content": object()}])
-    with pytest.raises(ValueError, match="can't be written: No such file or directory"):
-        write_messages(tmp_path / "no" / "chat.json", [])
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="folder can't be written: Is a directory"):
-        write_messages(tmp_path / "folder", [])
-    names = sorted(each.name for each in tmp_path.iterdir())
-    assert (names, path.read_text()) == (["chat.json", "folder"], "of an earlier day")
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, "can't be read: No such file or directory"),
-        (b"{", "is no JSON: "),
-        (b"\xff", "is no JSON: "),
-        (b"[]", 'holds no list under "messages"'),
-        (b'{"messages": {}}', 'holds no list under "messages"'),
-        (b'{"messages": ["hello"]}', "message 0 has no texts under"),
-        (b'{"messages": [{"role": "user"}]}', "message 0 has no texts under"),
-        (
-            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", '
-            b'"content": 7}]}',
-            "message 1 has no texts under",
-        ),
-    ],
-)
-def test_a_file_without_messages_is_named(tmp_path, data, message):
-    path = tmp_path / "chat.json"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(ValueError, match=message) as error:
-        read_messages(path)
-    assert str(path) in str(error.value)
 
 
 def test_a_loaded_conversation_that_waits_for_an_answer_gets_one(chat):

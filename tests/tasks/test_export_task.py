@@ -74,6 +74,21 @@ def test_special_tokens_and_template_go_with_it(model, config):
     assert written["eos_token_id"] == [256, 258]
 
 
+def test_a_template_needs_a_tokenizer(model, config):
+    model = LanguageModel(model.config, model.params, None, model.mesh)
+    with pytest.raises(ValueError, match=r"task.template='chatml', .* no tokenizer"):
+        run(replace(config, template="chatml"), model, SamplingConfig())
+    assert not Path(config.output_path).exists()
+
+
+def test_a_template_is_checked_before_the_model_is_loaded(config):
+    check(replace(config, template="chatml"))
+    with pytest.raises(ValueError, match=r"task.template='chatlm' is unknown; choose"):
+        check(replace(config, template="chatlm"))
+    with pytest.raises(FileNotFoundError, match=r"task.template='no.jinja'"):
+        check(replace(config, template="no.jinja"))
+
+
 def test_large_weights_go_into_several_files(model, config):
     run(replace(config, max_shard_gigabytes=3e-5), model, SamplingConfig())
     files = sorted(path.name for path in Path(config.output_path).glob("*.safetensors"))
