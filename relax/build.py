@@ -33,7 +33,7 @@ from relax.sharding import (
     state_shardings,
 )
 from relax.steps import init_state
-from relax.text.chat import load_template
+from relax.text.chat import ChatTemplate, load_template
 from relax.text.folder import load_folder_tokenizer
 from relax.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -99,7 +99,7 @@ def _load_pretrained(folder: Path, mesh: Mesh, dtype: str | None) -> LanguageMod
     checkpoint = open_pretrained(folder, dtype, jax.default_backend())
     # Tokenizer and template first: they are read at once, and may not fit.
     tokenizer = load_folder_tokenizer(folder)
-    template = None if tokenizer is None else load_template(folder, tokenizer)
+    template = _read_template(folder, tokenizer)
     if tokenizer is not None:
         check_vocabulary(checkpoint.config, tokenizer)
     shapes = parameter_shapes(checkpoint.config)
@@ -137,11 +137,25 @@ def _load_run(reference: str, mesh: Mesh, dtype: str | None) -> LanguageModel:
         params = checkpoints.restore_params(step, placed)
     folder = folder / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
-    template = None if tokenizer is None else load_template(folder, tokenizer)
+    template = _read_template(folder, tokenizer)
     origin = Origin(**info.get("origin", {}))
     return LanguageModel(
         config, params, tokenizer, mesh, chat_template=template, origin=origin
     )
+
+
+def _read_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """Returns a folder's chat template; None without one, or where it can't be read.
+
+    All but chat does without it, so that what is wrong with it is only a warning.
+    """
+    if tokenizer is None:
+        return None
+    try:
+        return load_template(folder, tokenizer)
+    except ValueError as error:
+        logger.warning("going on without the chat template: %s", error)
+        return None
 
 
 def checkpoint_info(config: LlamaConfig) -> dict:

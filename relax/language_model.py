@@ -314,7 +314,7 @@ class LanguageModel:
             if self.tokenizer is not None:
                 self.tokenizer.save_hf(new)
             if self.chat_template is not None:
-                self.chat_template.save(new)
+                self.chat_template.save_hf(new)
 
     def _info(self) -> dict[str, Any]:
         return {"model": asdict(self.config), "origin": asdict(self.origin)}

@@ -4,7 +4,7 @@ import abc
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -43,6 +43,8 @@ class Tokenizer(abc.ABC):
     utf8_errors: str
     # Whether a text after a special token gets no space of the model's own.
     prefix_at_start_only = False
+    # Tokens that stand for text, by name, and are found in it before all else.
+    added_tokens: Mapping[str, int] = {}
 
     def __init__(self, pieces: list[bytes], special: SpecialTokens) -> None:
         unnamed = max(special.ids.values(), default=-1) + 1 - len(pieces)
@@ -57,6 +59,11 @@ class Tokenizer(abc.ABC):
         return SpecialTokens(
             ids=self.special_tokens, bos_id=self.bos_id, eos_id=self.eos_id
         )
+
+    @property
+    def bos_token(self) -> str | None:
+        """What chat templates call so, also where no plain text begins with it."""
+        return self.special.name_of(self.bos_id)
 
     def encode(self, text: str, *, inside: bool = False) -> list[int]:
         """Returns the ids of ordinary text; lone surrogates become U+FFFD.

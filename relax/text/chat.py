@@ -5,6 +5,7 @@ the messages spell is ordinary text, and what the template writes is all there i
 BOS or EOS beside its own.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +14,21 @@ from typing import NamedTuple
 from relax.text.base import Tokenizer
 from relax.text.chat_files import (
     TEMPLATE_FILE,
+    VARIABLES_FILE,
     find_template,
-    read_text,
     token_variables,
 )
 from relax.text.chat_marks import (
     Marks,
     Span,
-    disguised,
-    disguised_message,
+    changed_message,
     split_at,
     strings_in,
     take_spans,
+    with_strings,
 )
 from relax.text.chat_replies import find_reply, replace_spans
+from relax.text.files import read_json, read_text
 
 TEMPLATES = ("chatml", "llama2", "llama3", "mistral", "plain")
 _FOLDER = Path(__file__).with_name("templates")
@@ -44,6 +46,14 @@ class _Chat(NamedTuple):
     def with_content(self, index: int, content: str) -> "_Chat":
         messages = list(self.messages)
         messages[index] = {**messages[index], "content": content}
+        return self._replace(messages=messages)
+
+    def with_assistant(self, marks: Marks) -> "_Chat":
+        """Returns it with marks for the added tokens that an assistant has written."""
+        messages = [
+            changed_message(m, marks.mark_added) if m.get("role") == "assistant" else m
+            for m in self.messages
+        ]
         return self._replace(messages=messages)
 
 
@@ -108,7 +118,8 @@ class ChatTemplate:
                 ids += spliced[piece]
             else:
                 inside = spliced_before or _goes_on(tokenizer, ids)
-                ids += tokenizer.encode(piece, inside=inside)
+                for start, part in marks.cut_added(piece):
+                    ids += tokenizer.encode(part, inside=inside or start > 0)
             spliced_before = piece in spliced
         return ids
 
@@ -132,13 +143,17 @@ class ChatTemplate:
         ids, mask = [], []
         for start, piece in split_at(text, marks.ids):
             if piece in marks.ids:
-                new, offsets = [marks.ids[piece]], [(0, 1)]
-            else:
+                ids.append(marks.ids[piece])
+                mask.append(_overlaps(start, start + 1, spans))
+                continue
+            inside = _goes_on(tokenizer, ids)
+            for at, part in marks.cut_added(piece):
                 new, offsets = tokenizer.encode_with_offsets(
-                    piece, inside=_goes_on(tokenizer, ids)
+                    part, inside=inside or at > 0
                 )
-            ids += new
-            mask += [_overlaps(start + a, start + b, spans) for a, b in offsets]
+                at += start
+                ids += new
+                mask += [_overlaps(at + a, at + b, spans) for a, b in offsets]
         return ids, mask
 
     def end_of_turn(
@@ -167,13 +182,25 @@ class ChatTemplate:
         return (), ()
 
     def save(self, folder: Path) -> None:
+        """Writes all that `load_template` needs: the template and its variables."""
+        self.save_hf(folder)
+        text = json.dumps(self.variables, ensure_ascii=False, indent=2) + "\n"
+        (folder / VARIABLES_FILE).write_text(text, encoding="utf-8")
+
+    def save_hf(self, folder: Path) -> None:
         """Writes the template as transformers reads it, without its variables."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TEMPLATE_FILE).write_text(self.source, encoding="utf-8")
 
     def _marks(self, tokenizer: Tokenizer, chat: _Chat) -> Marks:
         given = chat.messages, chat.variables, self.variables
-        return Marks(tokenizer.special_tokens, [self.source, *strings_in(given)])
+        added = {
+            name: token_id
+            for name, token_id in tokenizer.added_tokens.items()
+            if len(name) > 1 and name in self.source  # one character can't be cut
+        }
+        texts = [self.source, *strings_in(given)]
+        return Marks(tokenizer.special_tokens, texts, added)
 
     def _render(self, chat: _Chat, marks: Marks, span_marks: tuple[str, str]) -> str:
         from relax.text.chat_rendering import render_template
@@ -192,6 +219,7 @@ class ChatTemplate:
 
         Also returns the spans of its generation blocks.
         """
+        chat = chat.with_assistant(marks)
         text = self._render(chat, marks, marks.spans)
         if marks.mark(text) != text:
             text = self._mark_assembled(chat, marks, text)
@@ -204,10 +232,14 @@ class ChatTemplate:
         for those of special tokens, except one-word roles. Where this changes more
         than the characters, nothing is marked.
         """
+
+        def disguised(text: str) -> str:
+            return text.translate(table)
+
         table = str.maketrans(marks.disguise)
-        messages = [disguised_message(message, table) for message in chat.messages]
+        messages = [changed_message(m, disguised) for m in chat.messages]
         variables = {
-            name: value if name in self.variables else disguised(value, table)
+            name: value if name in self.variables else with_strings(value, disguised)
             for name, value in chat.variables.items()
         }
         other = self._render(_Chat(messages, variables), marks, marks.spans)
@@ -229,7 +261,9 @@ class ChatTemplate:
             mark = marks.new()
             alone, _ = self._marked(chat.with_content(index, mark), marks)
             content = chat.messages[index].get("content")
-            place = find_reply(text, alone.partition(mark), tokenizer, ids, content)
+            place = find_reply(
+                text, alone.partition(mark), tokenizer, ids, content, marks.mark_added
+            )
             if len(ids) and place is not None:
                 places.append((place, mark))
                 spliced[mark] = ids
@@ -255,21 +289,27 @@ def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
 def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     """Returns the chat template of a model's folder, None where it has none.
 
-    Its special tokens are those that the folder names, or else the tokenizer's own.
+    Its special tokens are those that `ChatTemplate.save` wrote, or else those that the
+    folder names, or else the tokenizer's own.
     Raises ValueError naming the file that can't be read.
     """
     found = find_template(folder)
     if found is None:
         return None
     source, name = found
-    variables = _bos_and_eos(tokenizer) | token_variables(folder)
+    if (folder / VARIABLES_FILE).is_file():
+        variables = read_json(folder / VARIABLES_FILE)
+    else:
+        variables = _bos_and_eos(tokenizer) | token_variables(folder)
     return ChatTemplate(source, name=name, variables=variables)
 
 
 def _bos_and_eos(tokenizer: Tokenizer) -> dict[str, str]:
     special = tokenizer.special
-    ends = {"bos_token": special.bos_id, "eos_token": special.eos_id}
-    return {key: special.name_of(token_id) or "" for key, token_id in ends.items()}
+    return {
+        "bos_token": tokenizer.bos_token or "",
+        "eos_token": special.name_of(special.eos_id) or "",
+    }
 
 
 def _goes_on(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:

@@ -1,10 +1,12 @@
 """The chat template that a model folder of Hugging Face holds."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from relax.text.files import read_json, read_text
+
 TEMPLATE_FILE = "chat_template.jinja"
+VARIABLES_FILE = "relax_chat_template.json"  # beside it where it is ReLax's own
 _CONFIG = "tokenizer_config.json"
 
 
@@ -34,34 +36,16 @@ def token_variables(folder: Path) -> dict[str, str]:
     return variables
 
 
-def read_text(path: Path) -> str:
-    """Returns a text file's content; raises ValueError where it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_json(path: Path) -> Mapping[str, object]:
-    """Returns a JSON file's object, an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
 def _default(template: object, path: Path) -> str:
-    """Returns the template of a file that has one, or several with names."""
+    """Returns the template of a file that has one, or several with names.
+
+    Of several that is the one named default; a single one may have any name.
+    """
     if isinstance(template, str):
         return template
     try:
         named = {entry["name"]: entry["template"] for entry in template}
-        return named["default"]
+        return next(iter(named.values())) if len(named) == 1 else named["default"]
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"{path} has a chat_template that is neither a text nor a list of "

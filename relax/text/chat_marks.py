@@ -3,11 +3,17 @@
 The special tokens that a template spells are replaced by marks before it runs, so that
 whatever the messages spell stays ordinary text, however a template joins and cuts it.
 (A template that looks for a special token in the messages finds none, therefore.)
+
+So are other added tokens that the template's source spells, such as DeepSeek's
+`<｜User｜>`, which its tokenizer.json calls not special. In an assistant's messages,
+which a model may have made of them, they get the same marks; elsewhere a text that
+spells one is cut there, as tokenizers would find it. Added tokens that the template's
+source does not spell are vocabulary, whoever writes them.
 """
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 Span = tuple[int, int]  # [start, end)
@@ -23,19 +29,25 @@ class Marks:
     """Characters that stand for special tokens, and others to come.
 
     None of them occurs in the texts given, or in the name of a special token.
-    literals: pairs of a special token's name and its mark. ids: those of the marks.
-    spans: the marks before and after a generation block.
+    added: other added tokens, which get marks too. literals: pairs of a token's name
+    and its mark. ids: those of the marks. spans: the marks before and after a
+    generation block.
     """
 
     def __init__(
-        self, special_tokens: Mapping[str, int], texts: Iterable[str] = ()
+        self,
+        special_tokens: Mapping[str, int],
+        texts: Iterable[str] = (),
+        added: Mapping[str, int] = {},
     ) -> None:
-        used = set().union(*texts, *special_tokens)
+        tokens = {**special_tokens, **added}
+        used = set().union(*texts, *tokens)
         code_points = chain(*_PRIVATE_USE)
         self._free = (c for c in map(chr, code_points) if c not in used)
-        self.literals = tuple((name, self.new()) for name in special_tokens)
-        self.ids = {mark: special_tokens[name] for name, mark in self.literals}
+        self.literals = tuple((name, self.new()) for name in tokens)
+        self.ids = {mark: tokens[name] for name, mark in self.literals}
         self.spans = self.new(), self.new()
+        self._added = tuple(pair for pair in self.literals if pair[0] in added)
 
     def new(self) -> str:
         """Returns a character that stands for nothing yet."""
@@ -44,6 +56,18 @@ class Marks:
     def mark(self, text: str) -> str:
         """Returns the text with a mark for each special token that it spells."""
         return replace_strings(text, self.literals)
+
+    def mark_added(self, text: str) -> str:
+        """Returns the text with a mark for each added token that is not special."""
+        return replace_strings(text, self._added)
+
+    def cut_added(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yields the parts of a text, each with its start, that spell none of them."""
+        start = 0
+        for found in _starts_of(tuple(dict(self._added))).finditer(text):
+            yield start, text[start : found.start() + 1]
+            start = found.start() + 1
+        yield start, text[start:]
 
     @functools.cached_property
     def disguise(self) -> dict[str, str]:
@@ -66,6 +90,11 @@ def _any_of(names: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
+@functools.lru_cache(maxsize=64)
+def _starts_of(names: tuple[str, ...]) -> re.Pattern:
+    return re.compile(f"(?={_any_of(names).pattern})")
+
+
 def strings_in(value: object) -> Iterator[str]:
     """Yields every string in nested lists and dicts, keys included."""
     if isinstance(value, str):
@@ -76,23 +105,25 @@ def strings_in(value: object) -> Iterator[str]:
         yield from chain.from_iterable(map(strings_in, value))
 
 
-def disguised(value: object, table: Mapping[int, str]) -> object:
-    """Returns nested lists and dicts with every string translated, keys included."""
+def with_strings(value: object, change: Callable[[str], str]) -> object:
+    """Returns nested lists and dicts with every string changed, keys included."""
     if isinstance(value, str):
-        return value.translate(table)
+        return change(value)
     if isinstance(value, Mapping):
-        return {disguised(k, table): disguised(v, table) for k, v in value.items()}
+        return {
+            with_strings(k, change): with_strings(v, change) for k, v in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [disguised(item, table) for item in value]
+        return [with_strings(item, change) for item in value]
     return value
 
 
-def disguised_message(message: Mapping, table: Mapping[int, str]) -> dict:
-    """Returns a message with all but its keys, and a role of one word, translated."""
+def changed_message(message: Mapping, change: Callable[[str], str]) -> dict:
+    """Returns a message with all but its keys, and a role of one word, changed."""
     return {
         key: value
         if key == "role" and str(value).isidentifier()
-        else disguised(value, table)
+        else with_strings(value, change)
         for key, value in message.items()
     }
 

@@ -1,6 +1,6 @@
 """Where a rendered chat shows a reply just as it was generated."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from relax.text.base import Tokenizer
 from relax.text.chat_marks import Span
@@ -12,12 +12,14 @@ def find_reply(
     tokenizer: Tokenizer,
     ids: Sequence[int],
     content: object,
+    marked: Callable[[str], str],
 ) -> Span | None:
     """Returns where a text has a reply as its ids say it, None if nowhere.
 
     around: what the template writes before and after the message, with a mark in its
-    place between. One space before the reply may be the template's in the text and the
-    first id's too, as in "[/INST] Yes": it belongs to the reply then.
+    place between. marked: how the text shows what an assistant says. One space before
+    the reply may be the template's in the text and the first id's too, as in
+    "[/INST] Yes": it belongs to the reply then.
     """
     before, mark, after = around
     said = b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
@@ -27,8 +29,9 @@ def find_reply(
     if tokenizer.decode(ids) == content:
         spellings.append((before, content))
     for head, words in spellings:
-        if mark and text == head + words + after:
-            return len(head), len(head) + len(words)
+        shown = marked(words)
+        if mark and text == head + shown + after:
+            return len(head), len(head) + len(shown)
     return None
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from relax.text.base import SPEC_FILE, SpecialTokens, Tokenizer
+from relax.text.files import read_json
 from relax.text.hf_export import CONFIG_FILE, TOKENIZER_FILE
-from relax.text.hf_tokenizer import HfTokenizer, read_config, token_name
+from relax.text.hf_tokenizer import HfTokenizer, token_name
 from relax.text.tiktoken_encodings import file_spec
 from relax.text.tokenizers import (
     SentencePieceTokenizer,
@@ -31,19 +32,23 @@ def load_folder_tokenizer(folder: Path) -> Tokenizer | None:
         return HfTokenizer.from_file(folder / TOKENIZER_FILE)
     if not (folder / _MODEL_FILE).is_file():
         return None
-    tokenizer = _load_model(folder / _MODEL_FILE)
-    special = _configured(tokenizer, read_config(folder), folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE)
+    tokenizer = _load_model(folder / _MODEL_FILE, config)
+    special = _configured(tokenizer, config, folder / CONFIG_FILE)
     return (
         tokenizer.with_special(special) if special != tokenizer.special else tokenizer
     )
 
 
-def _load_model(path: Path) -> Tokenizer:
+def _load_model(path: Path, config: dict) -> Tokenizer:
     model = path.read_bytes()
     if _RANK_LINE.match(model):
         return TiktokenTokenizer(file_spec(str(path)))
     try:
-        return SentencePieceTokenizer(model)
+        # What transformers calls legacy is a space of the model's own after each
+        # special token; without it only the very start of a text has one.
+        once = config.get("legacy") is False
+        return SentencePieceTokenizer(model, prefix_at_start_only=once)
     except RuntimeError as error:
         raise ValueError(
             f"{path} is neither a sentencepiece model nor lines of `base64 rank`; "
@@ -54,20 +59,26 @@ def _load_model(path: Path) -> Tokenizer:
 def _configured(tokenizer: Tokenizer, config: dict, path: Path) -> SpecialTokens:
     """Returns the special tokens that a model file and its config have together.
 
-    Special tokens of the config take their ids from any of the model file's.
+    Special tokens of the config take their ids from any of the model file's; an id
+    whose own name the config gives to another gets one that no text has.
     """
     special = tokenizer.special
-    ids = special.ids
+    known = {token_id: name for name, token_id in special.ids.items()}
+    named = {}
     for key, token in config.get("added_tokens_decoder", {}).items():
         token_id, name = int(key), token["content"]
-        if token_id < tokenizer.vocab_size and token_id not in ids.values():
+        if token_id < tokenizer.vocab_size and token_id not in known:
             continue  # an ordinary or the unknown piece, which the model file has
-        if name not in ids and not token.get("special", False):
+        if name not in special.ids and not token.get("special", False):
             raise ValueError(
                 f"{path}: added token {name!r} with id {token_id} is not special, "
                 f"which only a {TOKENIZER_FILE} can have; put one beside it"
             )
-        ids = {n: i for n, i in ids.items() if i != token_id} | {name: token_id}
+        named[token_id] = name
+    taken = set(named.values())
+    unnamed = {i: f"<|unused_{i}|>" for i, name in known.items() if name in taken}
+    names = known | unnamed | named
+    ids = {name: token_id for token_id, name in sorted(names.items())}
     return _with_ends(replace(special, ids=ids), config, path)
 
 

@@ -12,6 +12,7 @@ import tokenizers
 from relax.text import hf_export
 from relax.text.base import Spans, SpecialTokens, Tokenizer
 from relax.text.detokenizer import StreamingDetokenizer
+from relax.text.files import read_json
 from relax.text.hf_decoding import read_decoding
 
 # Where tokenizer_config.json names none, the first of these that there is.
@@ -54,6 +55,11 @@ class HfTokenizer(Tokenizer):
             if name not in silent and name not in special.ids:
                 pieces[token_id] = self._decoding.piece(name)
         super().__init__(pieces, special)
+        self.added_tokens = {
+            token.content: i
+            for i, token in added.items()
+            if token.content not in special.ids and not token.special
+        }
         self._special_ids = frozenset(special.ids.values())
         self.prefix_at_start_only = '"prepend_scheme": "first"' in json.dumps(
             json.loads(text).get("pre_tokenizer")
@@ -65,7 +71,7 @@ class HfTokenizer(Tokenizer):
 
         Raises ValueError, naming the file, where they are damaged or not supported.
         """
-        config = read_config(path.parent)
+        config = read_json(path.parent / hf_export.CONFIG_FILE)
         try:
             return cls(path.read_text(encoding="utf-8"), config)
         except ValueError as error:  # also UnicodeDecodeError
@@ -92,6 +98,9 @@ class HfTokenizer(Tokenizer):
             i: self._library.id_to_token(i) for i in (bos_id, eos_id) if i is not None
         }
         ids = silent | {name: token_id for token_id, name in ends.items()}
+        bos = token_name(self._config.get("bos_token"))
+        if bos is not None and (token_id := self._library.token_to_id(bos)) is not None:
+            ids[bos] = token_id
         if unknown is not None and unknown not in ends.values():
             ids.pop(unknown, None)
         ids = dict(sorted(ids.items(), key=lambda item: item[1]))
@@ -109,6 +118,10 @@ class HfTokenizer(Tokenizer):
                 f"{hf_export.TOKENIZER_FILE}"
             )
         return name
+
+    @property
+    def bos_token(self) -> str | None:
+        return super().bos_token or token_name(self._config.get("bos_token"))
 
     @cached_property
     def _inside_library(self) -> tokenizers.Tokenizer:
@@ -217,23 +230,6 @@ class HfTokenizer(Tokenizer):
         kept = {key: self._config[key] for key in _KEPT if key in self._config}
         unknown = self._source.unknown
         hf_export.write_files(folder, text, self.special, unknown, **kept)
-
-
-def read_config(folder: Path) -> dict:
-    """Returns the tokenizer_config.json of a folder, {} where there is none.
-
-    Raises ValueError, naming the file, where it is no JSON object.
-    """
-    path = folder / hf_export.CONFIG_FILE
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not a JSON object")
-    return config
 
 
 def token_name(value: str | dict | None) -> str | None:

@@ -156,8 +156,15 @@ class SentencePieceTokenizer(Tokenizer):
     utf8_errors = "surrogateescape"
     _MODEL_FILE = "tokenizer.model"
 
-    def __init__(self, model: bytes, special: SpecialTokens | None = None) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        special: SpecialTokens | None = None,
+        *,
+        prefix_at_start_only: bool = False,
+    ) -> None:
         self._model = model
+        self.prefix_at_start_only = prefix_at_start_only
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.load_from_serialized_proto(model)
         ids = range(self._processor.vocab_size())
@@ -224,7 +231,9 @@ class SentencePieceTokenizer(Tokenizer):
         return first, bool(first) or self._drops_one_space
 
     def with_special(self, special: SpecialTokens) -> Self:
-        return type(self)(self._model, special)
+        return type(self)(
+            self._model, special, prefix_at_start_only=self.prefix_at_start_only
+        )
 
     def _knows(self, name: str) -> bool:
         unknown = self._processor.unk_id()
@@ -243,7 +252,12 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def _settings(self) -> dict:
         """What the model file does not say."""
-        return {} if self.special == self._model_special else asdict(self.special)
+        settings = {}
+        if self.special != self._model_special:
+            settings |= asdict(self.special)
+        if self.prefix_at_start_only:
+            settings["prefix_at_start_only"] = True
+        return settings
 
     def _save_model(self, folder: Path) -> dict:
         (folder / self._MODEL_FILE).write_bytes(self._model)
@@ -251,12 +265,20 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def _load_model(cls, folder: Path, spec: dict) -> Self:
-        special = spec.get("special")
+        special = dict(spec.get("special", {}))
+        once = special.pop("prefix_at_start_only", False)
         model = (folder / cls._MODEL_FILE).read_bytes()
-        return cls(model, SpecialTokens(**special) if special else None)
+        return cls(
+            model,
+            SpecialTokens(**special) if special else None,
+            prefix_at_start_only=once,
+        )
 
     def save_hf(self, folder: Path) -> None:
-        """Writes tokenizer.json, and beside it the model it was made from."""
+        """Writes tokenizer.json, and beside it the model it was made from.
+
+        Read from there, it has `prefix_at_start_only` no more.
+        """
         spec = hf_export.sentencepiece_json(self._model)
         unknown = self._processor.id_to_piece(self._processor.unk_id())
         hf_export.write(folder, spec, self.special, unknown=unknown)

@@ -348,7 +348,7 @@ def test_the_template_file_comes_before_the_config(tmp_path, tiny):
 
 
 def test_special_tokens_are_those_that_the_folder_names(tmp_path, tiny):
-    template("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}").save(tmp_path)
+    template("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}").save_hf(tmp_path)
     assert load_template(tmp_path, tiny).render([]) == "<s>|</s>|"
     tokens = {"eos_token": {"content": "<eot>"}, "pad_token": "<pad>"}
     write(tmp_path / "special_tokens_map.json", tokens)
@@ -370,7 +370,8 @@ def test_special_tokens_are_those_that_the_folder_names(tmp_path, tiny):
         ("chat_template.jinja", b"{% if", "chat_template.jinja, line 1"),
         (
             "tokenizer_config.json",
-            b'{"chat_template": [{"name": "rag", "template": "a"}]}',
+            b'{"chat_template": [{"name": "rag", "template": "a"}, '
+            b'{"name": "tool_use", "template": "a"}]}',
             "tokenizer_config.json has a chat_template .* one named default",
         ),
         ("tokenizer_config.json", b'{"chat_template": 3}', "neither a text nor a list"),

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relax.text.chat import ChatTemplate
 from relax.text.folder import load_folder_tokenizer
 from relax.text.hf_tokenizer import HfTokenizer
 from relax.text.tiktoken_encodings import EncodingSpec, format_ranks
@@ -126,6 +127,80 @@ def test_config_names_the_special_tokens_of_llama3(llama3, tmp_path):
     assert "<|eom_id|>" not in tokenizer.special_tokens
     assert (tokenizer.bos_id, tokenizer.eos_id) == (128_000, 128_009)
     assert tokenizer.vocab_size == 128_256
+
+
+def write_names(folder, names: dict[int, str]) -> None:
+    tokens = {str(i): {"content": n, "special": True} for i, n in names.items()}
+    write_config(folder, added_tokens_decoder=tokens)
+
+
+def test_config_that_renames_every_special_token_of_llama3(llama3, tmp_path):
+    """Llama 3.1's names at Hugging Face, most of which Meta gives to other ids."""
+    (tmp_path / "tokenizer.model").symlink_to(llama3 / "tokenizer.model")
+    usual = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id"}
+    usual |= {6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
+    usual |= {10: "python_tag"}
+    others = [i for i in range(256) if i not in usual]
+    names = usual | {i: f"reserved_special_token_{n}" for n, i in enumerate(others)}
+    names = {128_000 + i: f"<|{name}|>" for i, name in names.items()}
+    write_names(tmp_path, names)
+    tokenizer = load_folder_tokenizer(tmp_path)
+    assert tokenizer.special_tokens == {name: i for i, name in names.items()}
+    assert tokenizer.special_tokens["<|reserved_special_token_2|>"] == 128_005
+    assert tokenizer.special_tokens["<|reserved_special_token_247|>"] == 128_255
+    assert tokenizer.vocab_size == 128_256
+
+
+def test_config_that_moves_one_special_token_of_llama3(llama3, tmp_path):
+    """The id that it leaves has a name still."""
+    before = load_folder_tokenizer(llama3).special_tokens
+    (tmp_path / "tokenizer.model").symlink_to(llama3 / "tokenizer.model")
+    name = "<|reserved_special_token_2|>"
+    assert (before["<|image|>"], before[name]) == (128_011, 128_012)
+    write_names(tmp_path, {128_011: name})
+    after = load_folder_tokenizer(tmp_path).special_tokens
+    assert (after[name], after["<|unused_128012|>"]) == (128_011, 128_012)
+    assert sorted(after.values()) == [*range(128_000, 128_256)]
+    assert before.keys() - after.keys() == {"<|image|>"}
+
+
+def test_space_at_the_start_only(tiny, tiny_model, auto_tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny_model)
+    added = {"307": {"content": "[INST]", "special": True}}
+    write_config(
+        tmp_path,
+        legacy=False,
+        added_tokens_decoder=added,
+        tokenizer_class="LlamaTokenizer",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    tokenizer = load_folder_tokenizer(tmp_path)
+    assert tokenizer.prefix_at_start_only and not tiny.prefix_at_start_only
+    chat = ChatTemplate("[INST]{{ messages[0].content }}", name="mine")
+
+    def encode(tokenizer, text: str) -> list[int]:
+        return chat.encode(tokenizer, [{"role": "user", "content": text}])
+
+    ids = encode(tokenizer, "the fox")
+    assert ids == [307, *tiny.encode("the fox", inside=True)]
+    assert ids[1:] != tiny.encode("the fox")
+    assert tokenizer.encode("the fox") == tiny.encode("the fox")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    peer = auto_tokenizer(tmp_path)
+    for text in ("the fox", " the fox"):
+        expected = peer.encode("[INST]" + text, add_special_tokens=False)
+        assert encode(tokenizer, text) == expected
+
+    tokenizer.save(tmp_path / "saved")
+    for other in (
+        load_folder_tokenizer(tmp_path / "saved"),
+        tokenizer.with_special_tokens(["<a>"]),
+    ):
+        assert other.prefix_at_start_only
+        assert encode(other, "the fox") == ids
+    assert tokenizer.fingerprint != tiny.with_special(tokenizer.special).fingerprint
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com\n"])
