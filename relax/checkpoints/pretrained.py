@@ -55,20 +55,23 @@ def find_pretrained(reference: str) -> Path | None:
     """
     folder = Path(reference)
     if folder.exists():
-        known = any((folder / name).is_file() for name in (CONFIG, PARAMS))
-        return folder if known else None
+        return folder if _holds_model(folder) else None
     hub_id = split_hub_id(reference)
     if hub_id is None:
         return None
     if Path(hub_id[0]).parent.name == RUNS:  # a mistyped path rather
         return None
     folder = fetch(*hub_id)
-    if not any((folder / name).is_file() for name in (CONFIG, PARAMS)):
+    if not _holds_model(folder):
         raise FileNotFoundError(
             f"checkpoint={reference}: the hub's repository holds neither {CONFIG} nor "
             f"{PARAMS} (a GGUF file, say, can't be read); take the original model's"
         )
     return folder
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CONFIG, PARAMS))
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -90,17 +93,16 @@ def open_pretrained(folder: Path, dtype: str | None, platform: str) -> Pretraine
     check_dtype(dtype)
     generation = folder / GENERATION_CONFIG
     generation_json = read_json(generation) if generation.is_file() else {}
+    asked = "float32" if dtype in (None, AUTO) else dtype
     if (folder / CONFIG).is_file():
         path, source = folder / CONFIG, "hf"
         config_json = read_json(path)
-        read_config(config_json, str(path), "float32")  # before any file is opened
+        config = read_config(config_json, str(path), asked)  # before files are opened
         tensors = open_tensors(folder)
     else:
         path, source = folder / PARAMS, "meta"
         config_json, tensors = open_meta(folder, read_json(path))
-    config = read_config(
-        config_json, str(path), "float32" if dtype in (None, AUTO) else dtype
-    )
+        config = read_config(config_json, str(path), asked)
     if dtype == AUTO or (dtype is None and platform != "cpu"):
         # Of what is read: old files hold float32 buffers beside float16 weights.
         names = {name for leaf in leaves(config, source) for name in leaf.names}

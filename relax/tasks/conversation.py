@@ -16,6 +16,7 @@ import jax
 from relax.generation.generator import Completion
 from relax.language_model import STREAM_CHUNK, LanguageModel
 from relax.sampling import SamplingConfig
+from relax.tasks.files import write_lines
 from relax.tasks.options import chosen_context
 from relax.text.chat import ChatTemplate
 from relax.text.detokenizer import StreamingDetokenizer
@@ -287,17 +288,11 @@ def write_messages(path: Path, messages: Sequence[dict]) -> None:
 
     Raises ValueError where the file can't be written.
     """
-    temporary = path.with_name(f"{path.name}.partial")
     text = json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=2)
     try:
-        # A lone surrogate, which UTF-8 can't hold, is written as JSON escapes it.
-        temporary.write_text(f"{text}\n", "utf-8", errors="backslashreplace")
-        temporary.replace(path)
+        write_lines(path, [text])
     except OSError as error:
         raise ValueError(f"{path} can't be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_messages(path: Path) -> list[dict]:

@@ -44,14 +44,18 @@ def check_output(path: str | None) -> None:
 
 def write_rows(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON line per row, all of them or no file."""
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.partial")
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    write_lines(Path(path), lines)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines of JSON, all of them or no file."""
+    temporary = path.with_name(f"{path.name}.partial")
     try:
         # A lone surrogate, which UTF-8 can't hold, is written as JSON escapes it.
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        temporary.replace(target)
+            file.writelines(f"{line}\n" for line in lines)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

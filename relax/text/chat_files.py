@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from relax.text.files import read_json, read_text
+from relax.text.hf_export import CONFIG_FILE
 
 TEMPLATE_FILE = "chat_template.jinja"
 VARIABLES_FILE = "relax_chat_template.json"  # beside it where it is ReLax's own
-_CONFIG = "tokenizer_config.json"
 
 
 def find_template(folder: Path) -> tuple[str, str] | None:
@@ -18,7 +18,7 @@ def find_template(folder: Path) -> tuple[str, str] | None:
     path = folder / TEMPLATE_FILE
     if path.is_file():
         return read_text(path), str(path)
-    for path in (folder / _CONFIG, folder / "chat_template.json"):
+    for path in (folder / CONFIG_FILE, folder / "chat_template.json"):
         template = read_json(path).get("chat_template")
         if template is not None:
             return _default(template, path), str(path)
@@ -31,7 +31,7 @@ def token_variables(folder: Path) -> dict[str, str]:
     Those of tokenizer_config.json, and those that only special_tokens_map.json has.
     """
     variables = {}
-    for file in ("special_tokens_map.json", _CONFIG):
+    for file in ("special_tokens_map.json", CONFIG_FILE):
         variables.update(_tokens(read_json(folder / file)))
     return variables
 

@@ -61,9 +61,7 @@ class HfTokenizer(Tokenizer):
             if token.content not in special.ids and not token.special
         }
         self._special_ids = frozenset(special.ids.values())
-        self.prefix_at_start_only = '"prepend_scheme": "first"' in json.dumps(
-            json.loads(text).get("pre_tokenizer")
-        )
+        self.prefix_at_start_only = self._source.prefix_at_start_only
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -241,6 +239,7 @@ class _Source(NamedTuple):
     library: tokenizers.Tokenizer  # for ordinary text alone
     bos_id: int | None  # what its post-processor puts before a text
     unknown: str | None  # the token for text that the vocabulary lacks
+    prefix_at_start_only: bool  # as `Tokenizer` has it
 
 
 def _open(text: str) -> _Source:
@@ -263,7 +262,8 @@ def _open(text: str) -> _Source:
     bos_id = first.ids[0] if first.ids and first.special_tokens_mask[0] else None
     library.post_processor = None  # it would also cut spaces off the offsets
     library.encode_special_tokens = True
-    return _Source(library, bos_id, _unknown_token(spec["model"]))
+    at_start = '"prepend_scheme": "first"' in json.dumps(spec.get("pre_tokenizer"))
+    return _Source(library, bos_id, _unknown_token(spec["model"]), at_start)
 
 
 def _from_text(text: str) -> tokenizers.Tokenizer:

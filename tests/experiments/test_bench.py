@@ -1,14 +1,12 @@
 """experiments/bench: the benchmarks run at tiny sizes and compare equal work."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).parents[2] / "experiments" / "bench"
-MODULES = [path.stem for path in BENCH.glob("*.py")]
+SCRIPTS = Path(__file__).parents[2] / "experiments" / "bench"
 TINY_MODEL = [
     "model.hidden_size=24",
     "model.intermediate_size=40",
@@ -23,15 +21,6 @@ TINY_MODEL = [
     "steps=1",
     "memory_steps=1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def bench_folder(monkeypatch):
-    """Its modules import one another by name, as scripts of one folder do."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

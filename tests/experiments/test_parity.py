@@ -1,12 +1,10 @@
 """experiments/parity: the comparison with transformers, on each family and broken."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-PARITY = Path(__file__).parents[2] / "experiments" / "parity"
-MODULES = [path.stem for path in PARITY.glob("*.py")]
+SCRIPTS = Path(__file__).parents[2] / "experiments" / "parity"
 FAMILIES = (
     "Llama 2",
     "Llama 3.1, scaled RoPE",
@@ -43,15 +41,6 @@ FINE = {
     "rounding": None,
     "peer_rounding": None,
 }
-
-
-@pytest.fixture(autouse=True)
-def parity_folder(monkeypatch):
-    """Its modules import one another by name, as scripts of one folder do."""
-    monkeypatch.syspath_prepend(str(PARITY))
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -36,7 +36,10 @@ def opened(library, **config) -> HfTokenizer:
     return HfTokenizer(library.to_str(), config)
 
 
-def test_gpt2_ids_are_llama_cpps(gpt2_json, oracle_dir):
+@pytest.mark.parametrize("form", ["gpt2", "gpt2_json"])
+def test_gpt2_ids_are_llama_cpps(form, oracle_dir, request):
+    """Both through tiktoken and through a tokenizer.json."""
+    tokenizer = request.getfixturevalue(form)
     stem = oracle_dir / "ggml-vocab-gpt-2.gguf"
     with open(f"{stem}.inp", encoding="utf-8", newline="") as file:
         texts = file.read().split("\n__ggml_vocab_test__\n")[:-1]
@@ -44,8 +47,8 @@ def test_gpt2_ids_are_llama_cpps(gpt2_json, oracle_dir):
         lines = file.read().split("\n")[:-1]
     assert len(texts) == len(lines) == GPT2_CASES
     for text, line in zip(texts, lines, strict=True):
-        assert gpt2_json.encode(text) == [int(i) for i in line.split()], text
-        assert gpt2_json.decode(gpt2_json.encode(text)) == text
+        assert tokenizer.encode(text) == [int(i) for i in line.split()], text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_gpt2_has_its_published_vocabulary(gpt2_json):
