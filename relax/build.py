@@ -24,7 +24,7 @@ from relax.language_model import (
 )
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
-from relax.model.parameters import parameter_shapes
+from relax.model.parameters import parameter_shapes, with_layers
 from relax.sharding import (
     MeshConfig,
     make_constrain,
@@ -78,7 +78,10 @@ def abstract_train_state(config: LlamaConfig, optimizer, mesh: Mesh):
 
 
 def load(
-    path: str | Path, mesh: MeshConfig | None = None, dtype: str | None = None
+    path: str | Path,
+    mesh: MeshConfig | None = None,
+    dtype: str | None = None,
+    scan_layers: bool = False,
 ) -> LanguageModel:
     """Returns the model of a checkpoint, with its tokenizer and its chat template.
 
@@ -86,17 +89,23 @@ def load(
     `@<step>` may follow), a Hugging Face folder, Meta's original folder, or a hub id
     `owner/name[@revision]`. dtype: of parameters and computation; None is that of the
     run, and for released checkpoints float32 on CPU and the file's elsewhere; "auto"
-    keeps the file's. Raises FileNotFoundError where there is no checkpoint, ValueError
-    where it is damaged or of an unknown kind.
+    keeps the file's. scan_layers: True compiles many layers faster, False decodes
+    faster; whichever they were saved in, they are converted here. Raises
+    FileNotFoundError where there is no checkpoint, ValueError where it is damaged or of
+    an unknown kind.
     """
     devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
     if (folder := find_pretrained(str(path))) is not None:
-        return _load_pretrained(folder, devices, dtype)
-    return _load_run(str(path), devices, dtype)
+        return _load_pretrained(folder, devices, dtype, scan_layers)
+    return _load_run(str(path), devices, dtype, scan_layers)
 
 
-def _load_pretrained(folder: Path, mesh: Mesh, dtype: str | None) -> LanguageModel:
+def _load_pretrained(
+    folder: Path, mesh: Mesh, dtype: str | None, scan_layers: bool
+) -> LanguageModel:
     checkpoint = open_pretrained(folder, dtype, jax.default_backend())
+    config = replace(checkpoint.config, scan_layers=scan_layers)
+    checkpoint = replace(checkpoint, config=config)
     # Tokenizer and template first: they are read at once, and may not fit.
     tokenizer = load_folder_tokenizer(folder)
     template = _read_template(folder, tokenizer)
@@ -116,7 +125,9 @@ def _load_pretrained(folder: Path, mesh: Mesh, dtype: str | None) -> LanguageMod
     )
 
 
-def _load_run(reference: str, mesh: Mesh, dtype: str | None) -> LanguageModel:
+def _load_run(
+    reference: str, mesh: Mesh, dtype: str | None, scan_layers: bool
+) -> LanguageModel:
     check_dtype(dtype)
     try:
         folder, name = resolve_run(reference)
@@ -135,6 +146,7 @@ def _load_run(reference: str, mesh: Mesh, dtype: str | None) -> LanguageModel:
         shapes = parameter_shapes(config)
         placed = _with_shardings(shapes, parameter_shardings(mesh, shapes))
         params = checkpoints.restore_params(step, placed)
+    config, params = with_layers(config, params, scan_layers)
     folder = folder / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     template = _read_template(folder, tokenizer)

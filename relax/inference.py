@@ -8,12 +8,14 @@ from relax.config import to_dataclass
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
 from relax.sharding import MeshConfig
-from relax.tasks import chat, export, generate, score
+from relax.tasks import arc, batch, chat, export, generate, score
 
 TASKS = {
     "generate": (generate.GenerateConfig, generate),
     "chat": (chat.ChatConfig, chat),
     "score": (score.ScoreConfig, score),
+    "arc": (arc.ArcConfig, arc),
+    "batch": (batch.BatchConfig, batch),
     "export": (export.ExportConfig, export),
 }
 
@@ -30,7 +32,8 @@ def start(config: Mapping[str, Any]) -> None:
         )
     config_class, task = TASKS[kind]
     known = {
-        *("checkpoint", "dtype", "prompt", "prompts_file", "output_path"),
+        *("checkpoint", "dtype", "prompt", "prompts_file"),
+        *("input_path", "output_path"),
         *("task", "sampling", "mesh", "runtime"),
     }
     if unknown := sorted(set(config) - known):

@@ -14,19 +14,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from relax.checkpoints.hf_export import NewFolder, write_model
 from relax.checkpoints.native import RunCheckpoints
-from relax.generation.generator import (
-    Completion,
-    Generator,
-    Request,
-    check_tokens,
-)
+from relax.generation.generator import Generator
+from relax.generation.requests import Completion, GenerationStats, Request, check_tokens
 from relax.generation.session import Session
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
 from relax.model.parameters import Params, resize_vocabulary
 from relax.sampling import SamplingConfig
 from relax.sharding import batch_multiple, make_constrain, parameter_shardings
-from relax.steps import make_capture_step, make_logits_step, make_logprob_step
+from relax.steps import (
+    make_capture_step,
+    make_logits_step,
+    make_logprob_step,
+    visibility,
+)
 from relax.text.chat import ChatTemplate
 from relax.text.tokenizers import Tokenizer
 
@@ -97,12 +98,15 @@ class LanguageModel:
         if tokenizer is not None:
             check_vocabulary(config, tokenizer)
         multiple = batch_multiple(self.mesh)
-        apply = make_llama(config, make_constrain(self.mesh)).apply
+        constrain = make_constrain(self.mesh)
+        apply = make_llama(config, constrain).apply
         self._multiple = multiple
         self._logits_step = make_logits_step(apply, config.vocab_size)
         self._capture_step = make_capture_step(apply)
         self._logprob_step = make_logprob_step(apply, config.vocab_size)
-        self._generator = Generator(apply, config, tokenizer, self.stop_ids, multiple)
+        self._generator = Generator(
+            apply, config, tokenizer, self.stop_ids, multiple, constrain
+        )
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -144,7 +148,7 @@ class LanguageModel:
         ValueError for other shapes.
         """
         tokens = jnp.asarray(tokens)
-        inputs = _visibility(tokens, lengths, attention_mask)
+        inputs = visibility(tokens, lengths, attention_mask)
         return self._logits_step(self.params, tokens, inputs)
 
     def activations(
@@ -162,14 +166,13 @@ class LanguageModel:
         for another site.
         """
         tokens = jnp.asarray(tokens)
-        inputs = _visibility(tokens, lengths, attention_mask)
+        inputs = visibility(tokens, lengths, attention_mask)
         return self._capture_step(self.params, tuple(sites), tokens, inputs)
 
     def score(self, texts: Sequence[Prompt], batch_size: int = 16) -> list[Score]:
         """Returns token ids and their logprobs for each text (or list of ids).
 
-        Raises ValueError for an empty text, for one longer than the context and for
-        ids that the model does not have.
+        Raises ValueError for an empty text, one over the context, and unknown ids.
         """
         rows = self._encode_all(texts)
         for index, row in enumerate(rows):
@@ -187,9 +190,8 @@ class LanguageModel:
     ) -> list[Completion]:
         """Returns `num_return_sequences` completions per prompt, prompt by prompt.
 
-        At most `batch_size` rows run at a time, which changes no completion. Raises
-        ValueError for an empty prompt, for one that fills the context and for ids that
-        the model does not have.
+        At most `batch_size` rows run at a time. Raises ValueError for an empty prompt,
+        for one that fills the context and for ids that the model does not have.
         """
         sampling = sampling or SamplingConfig()
         requests = [
@@ -197,13 +199,41 @@ class LanguageModel:
             for index, prompt in enumerate(self._encode_all(prompts))
             for sample in range(sampling.num_return_sequences)
         ]
-        for request in requests:
-            self._generator.check(request)
-        completions = []
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            completions += self._generator.run(self.params, batch, sampling)
-        return completions
+        batch_size = min(batch_size, len(requests))
+        completions = dict(self.complete(requests, sampling, batch_size))
+        return [completions[index] for index in range(len(requests))]
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig | None = None,
+        batch_size: int = 16,
+        *,
+        capacity: int | None = None,
+        share_prefixes: bool = True,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yields the place of a request and its completion as soon as it is complete.
+
+        A row that ends makes room for the next request; what prompts share is run once
+        (unless `share_prefixes` is False). Neither changes a completion. capacity:
+        tokens of a row, None: as many as are needed. Raises ValueError as `generate`.
+        """
+        completions = [Completion() for _ in requests]
+        for ended in self._generator.run_in_chunks(
+            self.params,
+            requests,
+            sampling or SamplingConfig(),
+            completions,
+            batch_size=batch_size,
+            capacity=capacity,
+            share_prefixes=share_prefixes,
+        ):
+            yield from ((index, completions[index]) for index in ended)
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Counts of what was generated so far."""
+        return self._generator.stats
 
     def stream(
         self, prompt: Prompt, sampling: SamplingConfig | None = None
@@ -220,7 +250,7 @@ class LanguageModel:
         request = Request(tuple(self.encode(prompt)), 0, 0)
         completion, sent = Completion(), 0
         for _ in self._generator.run_in_chunks(
-            self.params, [request], sampling, [completion]
+            self.params, [request], sampling, [completion], first_limit=1
         ):
             if piece := completion.text[sent:]:
                 yield piece
@@ -251,8 +281,8 @@ class LanguageModel:
             return first + self.tokenizer.encode(prompt)
         if self.chat_template is None:
             raise ValueError(
-                "the checkpoint has no chat template: set model.chat_template = "
-                "relax.text.chat.named_template(name, model.tokenizer)"
+                "the checkpoint has no chat template: set model.chat_template = relax."
+                "text.chat.named_template(name, model.tokenizer)"
             )
         return self.chat_template.encode(
             self.tokenizer, prompt, add_generation_prompt=True
@@ -364,25 +394,3 @@ def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> None:
             f"{config.vocab_size} rows (vocab_size): they belong to different models, "
             "or the tokenizer was given tokens that the model wasn't"
         )
-
-
-def _visibility(tokens, lengths, attention_mask) -> dict[str, Array]:
-    """Returns the inputs of `apply` that say what is padding and what is seen."""
-    B, T = tokens.shape
-    inputs = {}
-    if lengths is not None:
-        inputs["key_valid"] = jnp.arange(T) < jnp.asarray(lengths)[:, None]
-    if attention_mask is None:
-        return inputs
-    given = jnp.asarray(attention_mask).astype(bool)
-    if given.shape == (B, T):
-        inputs["key_valid"] = inputs.get("key_valid", True) & given
-        inputs["positions"] = jnp.maximum(jnp.cumsum(given, axis=1) - 1, 0)
-    elif given.shape == (B, T, T):
-        inputs["mask"] = given[:, None]
-    else:
-        raise ValueError(
-            f"attention_mask has shape {given.shape}; for tokens {(B, T)} give "
-            f"{(B, T)} or {(B, T, T)}"
-        )
-    return inputs

@@ -185,3 +185,30 @@ def make_capture_step(
         return dict(out.captured) | final
 
     return capture_step
+
+
+def visibility(tokens, lengths, attention_mask) -> dict[str, Array]:
+    """Returns the inputs of `apply` that say what is padding and what is seen.
+
+    lengths: tokens per right-padded row `[B]`, or None. attention_mask: `[B, T]`, which
+    tokens are no padding, `[B, T, T]`, which of them each one sees, or None. Raises
+    ValueError for another shape.
+    """
+    B, T = tokens.shape
+    inputs = {}
+    if lengths is not None:
+        inputs["key_valid"] = jnp.arange(T) < jnp.asarray(lengths)[:, None]
+    if attention_mask is None:
+        return inputs
+    given = jnp.asarray(attention_mask).astype(bool)
+    if given.shape == (B, T):
+        inputs["key_valid"] = inputs.get("key_valid", True) & given
+        inputs["positions"] = jnp.maximum(jnp.cumsum(given, axis=1) - 1, 0)
+    elif given.shape == (B, T, T):
+        inputs["mask"] = given[:, None]
+    else:
+        raise ValueError(
+            f"attention_mask has shape {given.shape}; for tokens {(B, T)} give "
+            f"{(B, T)} or {(B, T, T)}"
+        )
+    return inputs

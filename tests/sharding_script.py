@@ -13,7 +13,8 @@ import numpy as np
 
 from relax.build import abstract_train_state, init_train_state
 from relax.checkpoints.native import RunCheckpoints
-from relax.generation.generator import Generator, Request
+from relax.generation.generator import Generator
+from relax.generation.requests import Request
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
 from relax.optim import OptimizerConfig, make_optimizer
@@ -86,9 +87,12 @@ def train(config: LlamaConfig, mesh, kind: str):
 
 def completions(config: LlamaConfig, mesh, params) -> list[list[int]]:
     """Returns the tokens drawn for three prompts."""
-    apply = make_llama(config, make_constrain(mesh)).apply
+    constrain = make_constrain(mesh)
+    apply = make_llama(config, constrain).apply
     tokenizer = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
-    generator = Generator(apply, config, tokenizer, (), batch_multiple(mesh))
+    generator = Generator(
+        apply, config, tokenizer, (), batch_multiple(mesh), constrain
+    )
     prompts = ((5, 7, 11, 13), (3,), (2, 17, 19, 23, 29))
     requests = [Request(prompt, row, 0) for row, prompt in enumerate(prompts)]
     made = generator.run(params, requests, SamplingConfig(max_new_tokens=7))

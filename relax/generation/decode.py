@@ -1,4 +1,4 @@
-"""The jitted parts of generation: running a prompt, and a loop of decode steps."""
+"""The jitted parts of generation: filling a cache, and a loop of decode steps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,162 +6,247 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, UInt
 
-from relax.model.cache import Cache, empty_cache
+from relax.generation.drafts import draft_tokens
+from relax.model.cache import Cache, copy_slots, empty_cache
 from relax.model.config import LlamaConfig
+from relax.model.context import Constrain, unconstrained
 from relax.ops.logprobs import compute_logits
-from relax.sampling import Choice, SamplingParams, choose_tokens
+from relax.sampling import (
+    Choice,
+    Filters,
+    SamplingParams,
+    TextState,
+    append,
+    choose_tokens,
+    row_key,
+    start_text,
+)
 
 
 class Rows(NamedTuple):
-    """What belongs to each row for its whole life; any of `stop_ids` ends a row."""
+    """What the host says of each row of the cache at the start of a dispatch.
 
-    keys: Key[Array, "B"]
-    params: SamplingParams
-    ignore_eos: Bool[Array, "B"]
-    stop_ids: Int[Array, "stops"]
-
-
-class DecodeState(NamedTuple):
-    """A batch between two tokens.
-
-    cache: without `tokens`. tokens: each row's newest, not yet run through the model.
-    remaining: how many more a row may get; 0 for a row that has ended. seen: the
-    tokens of the row so far (None where no row has a repetition penalty). text: these
-    in order, the newest at the cache's length (None where all n-grams may repeat).
+    text: prompt and completion so far; the cache holds all of it but the newest token.
+    remaining: how many more tokens a row may get; 0 for one that is idle. seeds,
+    inputs, samples: what its random key is folded from. Any of `stop_ids` ends a row.
+    logit_bias: what is added to the logits of every row, None for nothing.
     """
 
-    cache: Cache
-    tokens: Int[Array, "B"]
+    text: Int[Array, "B S"]
+    lengths: Int[Array, "B"]
+    prompt_lengths: Int[Array, "B"]
     remaining: Int[Array, "B"]
-    seen: Bool[Array, "B V"] | None
-    text: Int[Array, "B S"] | None
+    seeds: UInt[Array, "B"]
+    inputs: UInt[Array, "B"]
+    samples: UInt[Array, "B"]
+    ignore_eos: Bool[Array, "B"]
+    params: SamplingParams
+    stop_ids: Int[Array, "stops"]
+    logit_bias: Float[Array, "V"] | None
+
+
+class Made(NamedTuple):
+    """What a dispatch made: the first `counts[b]` columns of row b.
+
+    choices: `[B, W, ...]`. remaining: as in Rows, after it. drafted, accepted: tokens
+    that were guessed, and guessed right.
+    """
+
+    choices: Choice
+    counts: Int[Array, "B"]
+    remaining: Int[Array, "B"]
+    drafted: Int[Array, ""]
+    accepted: Int[Array, ""]
 
 
 class Steps(NamedTuple):
-    """The jitted functions over one model; `cache` and `state` are donated.
+    """The jitted functions over one model; `cache` is donated and comes back.
 
-    prefill(params, tokens [B, T], lengths [B], remaining [B], rows, *, capacity,
-        filters) -> (state, the first tokens as a Choice of [B, 1] arrays)
-    extend(params, cache, tokens [B, T], lengths [B], text [B, S], remaining [B], rows,
-        *, filters) -> as prefill, for tokens that go on what the cache holds; `text`
-        is all of it from the start, right-padded to the capacity S
-    decode(params, state, rows, *, chunk, filters) -> (state, Choice of [B, chunk])
-
-    A row that has ended repeats `PAD` to the end of its chunk.
+    new_cache(batch_size, capacity) -> cache
+    prefill(params, cache, tokens [P, T], rows [P], starts [P], lengths [P]) -> cache:
+        tokens go to the slots of their row from `starts` on. With as many as the cache
+        has rows these are its rows in order; a row that the cache lacks is padding
+    copy(cache, source, target, length) -> cache, a row's first slots in another row
+    decode(params, cache, rows, limit, patience, *, chunk, drafts, filters) -> (cache,
+        Made): until a row has `limit` more tokens, at most `chunk`, or `patience` rows
+        have ended. drafts: how many tokens are guessed at a time, 0 for none
+    programs: () -> how many programs were compiled so far
     """
 
+    new_cache: Callable
     prefill: Callable
-    extend: Callable
+    copy: Callable
     decode: Callable
+    programs: Callable[[], int]
 
 
-PAD = -1
-
-
-def make_steps(apply: Callable, config: LlamaConfig, num_ids: int) -> Steps:
+def make_steps(
+    apply: Callable,
+    config: LlamaConfig,
+    num_ids: int,
+    constrain: Constrain = unconstrained,
+) -> Steps:
     """Returns the steps for `apply`, which is what training differentiates.
 
     Only ids below `num_ids` are chosen: a model may have more than its tokenizer.
     """
-    choose = partial(_choose, vocab_size=config.vocab_size, num_ids=num_ids)
+    traced = []
 
-    @partial(jax.jit, static_argnames="filters", donate_argnums=1)
-    def extend(params, cache, tokens, lengths, text, remaining, rows, *, filters):
-        out = apply(params, tokens, cache=cache, lengths=lengths)
-        seen = None
-        if filters.repetition_penalty:
-            seen = _seen_in(text, out.cache.lengths, config)
-        text = text if filters.no_repeat_ngram else None
-        state = DecodeState(out.cache, tokens[:, 0], remaining, seen, text)
-        last = jnp.take_along_axis(out.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        state, choice = choose(last, out.unembedding, state, rows, filters)
-        return state, jax.tree.map(lambda x: x[:, None], choice)
+    @partial(jax.jit, static_argnames=("batch_size", "capacity"))
+    def new_cache(batch_size, capacity):
+        traced.append("new_cache")
+        return constrain_cache(empty_cache(config, batch_size, capacity), constrain)
 
-    @partial(jax.jit, static_argnames=("capacity", "filters"))
-    def prefill(params, tokens, lengths, remaining, rows, *, capacity, filters):
-        cache = empty_cache(config, tokens.shape[0], capacity)
-        text = jnp.pad(tokens, ((0, 0), (0, capacity - tokens.shape[1])))
-        return extend(
-            params, cache, tokens, lengths, text, remaining, rows, filters=filters
-        )
+    @partial(jax.jit, donate_argnums=1)
+    def prefill(params, cache, tokens, rows, starts, lengths):
+        traced.append("prefill")
+        if len(tokens) == len(cache.lengths):
+            cache, some = cache._replace(lengths=starts), {}
+        else:
+            before = cache.lengths.at[rows].set(starts, mode="drop")
+            cache, some = cache._replace(lengths=before), {"cache_rows": rows}
+        out = apply(params, tokens, cache=cache, lengths=lengths, **some)
+        return constrain_cache(out.cache, constrain)
 
-    @partial(jax.jit, static_argnames=("chunk", "filters"), donate_argnums=1)
-    def decode(params, state, rows, *, chunk, filters):
-        B = state.tokens.shape[0]
-        empty = Choice(
-            jnp.full((B, chunk), PAD), jnp.zeros((B, chunk)), jnp.zeros((B, chunk))
-        )
+    @partial(jax.jit, donate_argnums=0)
+    def copy(cache, source, target, length):
+        traced.append("copy")
+        return constrain_cache(copy_slots(cache, source, target, length), constrain)
 
-        def running(carry):
-            index, state, _ = carry
-            return (index < chunk) & jnp.any(state.remaining > 0)
+    @partial(jax.jit, static_argnames=("chunk", "drafts", "filters"), donate_argnums=1)
+    def decode(params, cache, rows, limit, patience, *, chunk, drafts, filters):
+        traced.append("decode")
+        run = partial(apply, params)
+        loop = _Loop(run, config, num_ids, rows, chunk, drafts, filters)
+        cache, made = loop.run(cache, limit, patience)
+        return constrain_cache(cache, constrain), made
 
-        def step(carry):
-            index, state, choices = carry
-            alive = (state.remaining > 0).astype(jnp.int32)
-            tokens = state.tokens[:, None]
-            out = apply(params, tokens, cache=state.cache, lengths=alive)
-            state = state._replace(cache=out.cache)
-            state, choice = choose(
-                out.hidden[:, 0], out.unembedding, state, rows, filters
-            )
-            choices = jax.tree.map(
-                lambda xs, x: xs.at[:, index].set(x), choices, choice
-            )
-            return index + 1, state, choices
-
-        _, state, choices = jax.lax.while_loop(running, step, (0, state, empty))
-        return state, choices
-
-    return Steps(prefill, extend, decode)
+    return Steps(new_cache, prefill, copy, decode, lambda: len(traced))
 
 
-def _choose(
-    hidden, table, state: DecodeState, rows: Rows, filters, vocab_size, num_ids
-):
-    """Returns the state after each row's next token, and these tokens."""
-    logits = compute_logits(hidden, table, vocab_size)
-    choice = choose_tokens(
-        logits,
-        rows.keys,
-        state.cache.lengths,
-        rows.params,
-        filters,
-        state.seen,
-        state.text,
-        num_ids,
-    )
-    return _record(state, choice, rows)
+def constrain_cache(cache: Cache, constrain: Constrain) -> Cache:
+    """Returns the cache laid out over devices by rows and heads."""
 
+    def of(buffer):
+        layers = (None,) * (buffer.ndim - 4)
+        return constrain(buffer, (*layers, "batch", "kv_heads", None, None))
 
-def _record(state: DecodeState, choice: Choice, rows: Rows):
-    """Returns the state after a choice, and the choice with ended rows padded."""
-    alive = state.remaining > 0
-    ended = jnp.isin(choice.tokens, rows.stop_ids) & ~rows.ignore_eos
-    remaining = jnp.where(alive & ~ended, state.remaining - 1, 0)
-    tokens = jnp.where(alive, choice.tokens, state.tokens)
-    row, seen, text = jnp.arange(tokens.shape[0]), state.seen, state.text
-    if seen is not None:
-        seen = seen.at[row, tokens].set(True)
-    if text is not None:
-        text = text.at[row, state.cache.lengths].set(tokens, mode="drop")
-    padded = choice._replace(tokens=jnp.where(alive, choice.tokens, PAD))
-    return DecodeState(state.cache, tokens, remaining, seen, text), padded
-
-
-def _seen_in(text, lengths, config: LlamaConfig) -> Bool[Array, "B V"]:
-    """Returns which ids stand in each row's text, its padding left out."""
-    real = jnp.arange(text.shape[1]) < lengths[:, None]
-    rows = jnp.arange(text.shape[0])[:, None]
-    seen = jnp.zeros((text.shape[0], config.padded_vocab_size), bool)
-    return seen.at[rows, text].max(real)
-
-
-@partial(jax.jit, static_argnames="capacity")
-def grown(cache: Cache, capacity: int) -> Cache:
-    """Returns the cache with `capacity` slots, the new ones empty."""
-    more = ((0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0), (0, 0))
-    keys, values = jnp.pad(cache.keys, more), jnp.pad(cache.values, more)
+    keys, values = jax.tree.map(of, (cache.keys, cache.values))
     return cache._replace(keys=keys, values=values)
+
+
+class _Carry(NamedTuple):
+    cache: Cache
+    text: TextState
+    made: Made
+
+
+class _Loop:
+    """Decode steps over the rows of one dispatch, as traced."""
+
+    def __init__(self, apply, config, num_ids, rows: Rows, chunk, drafts, filters):
+        self._apply, self._config, self._num_ids = apply, config, num_ids
+        self._rows, self._filters = rows, filters
+        self._width, self._drafts = chunk + drafts, drafts
+        self._keys = jax.vmap(row_key)(rows.seeds, rows.inputs, rows.samples)
+
+    def run(self, cache: Cache, limit, patience) -> tuple[Cache, Made]:
+        rows = self._rows
+        idle = jnp.sum(rows.remaining == 0)
+
+        def running(carry: _Carry):
+            made = carry.made
+            ended = jnp.sum(made.remaining == 0) - idle
+            room = jnp.max(made.counts) < limit
+            return room & jnp.any(made.remaining > 0) & (ended < patience)
+
+        places = (rows.text, rows.lengths, rows.prompt_lengths)
+        columns = self._config.padded_vocab_size
+        start = _Carry(
+            cache._replace(lengths=jnp.maximum(rows.lengths - 1, 0)),
+            start_text(*places, self._filters, columns),
+            self._nothing(),
+        )
+        end = jax.lax.while_loop(running, self._step, start)
+        return end.cache, end.made
+
+    def _nothing(self) -> Made:
+        B, W, n = len(self._rows.lengths), self._width, self._filters.num_top_logprobs
+        choices = Choice(
+            tokens=jnp.zeros((B, W), jnp.int32),
+            logprobs=jnp.zeros((B, W)),
+            sampled_logprobs=jnp.zeros((B, W)),
+            top_ids=jnp.zeros((B, W, n), jnp.int32),
+            top_logprobs=jnp.zeros((B, W, n)),
+        )
+        none = jnp.zeros((), jnp.int32)
+        remaining = jnp.asarray(self._rows.remaining)
+        return Made(choices, jnp.zeros(B, jnp.int32), remaining, none, none)
+
+    def _step(self, carry: _Carry) -> _Carry:
+        """Runs each row's newest token and the guesses after it, and keeps those."""
+        cache, text, made = carry
+        alive = made.remaining > 0
+        last = jnp.maximum(text.lengths - 1, 0)[:, None]
+        tokens = jnp.take_along_axis(text.text, last, axis=1)
+        guessed = jnp.zeros_like(made.counts)
+        if self._drafts:
+            drafts, known = draft_tokens(text.text, text.lengths, self._drafts)
+            tokens = jnp.concatenate([tokens, drafts], axis=1)
+            guessed = jnp.clip(known, 0, jnp.maximum(made.remaining - 1, 0))
+        out = self._apply(tokens, cache=cache, lengths=jnp.where(alive, 1 + guessed, 0))
+        logits = compute_logits(out.hidden, out.unembedding, self._config.vocab_size)
+        before = made.counts
+
+        def keep(index, carry):
+            text, made, going = carry
+            text, made, chosen = self._choose(logits[:, index], text, made, going)
+            guess = jnp.take(tokens, index + 1, axis=1, mode="clip")
+            going &= (made.remaining > 0) & (index < guessed) & (chosen == guess)
+            return text, made, going
+
+        carry = keep(0, (text, made, alive))
+        if self._drafts:
+            carry = jax.lax.fori_loop(1, self._drafts + 1, keep, carry)
+        text, made, _ = carry
+        right = made.counts - before - alive
+        made = made._replace(
+            drafted=made.drafted + jnp.sum(guessed),
+            accepted=made.accepted + jnp.sum(right),
+        )
+        # Slots after the newest token may hold guesses that were wrong.
+        cache = out.cache._replace(lengths=jnp.maximum(text.lengths - 1, 0))
+        return _Carry(cache, text, made)
+
+    def _choose(self, logits, text: TextState, made: Made, going):
+        """Returns text and record after the next token of the rows that are going."""
+        rows = self._rows
+        choice = choose_tokens(
+            logits,
+            self._keys,
+            text,
+            rows.params,
+            self._filters,
+            rows.logit_bias,
+            rows.stop_ids,
+            self._num_ids,
+        )
+        row, column = jnp.arange(len(going)), jnp.where(going, made.counts, self._width)
+        choices = jax.tree.map(
+            lambda all, one: all.at[row, column].set(one, mode="drop"),
+            made.choices,
+            choice,
+        )
+        ended = jnp.isin(choice.tokens, rows.stop_ids) & ~rows.ignore_eos
+        left = jnp.where(ended, 0, made.remaining - 1)
+        made = made._replace(
+            choices=choices,
+            counts=made.counts + going,
+            remaining=jnp.where(going, left, made.remaining),
+        )
+        return append(text, choice.tokens, going), made, choice.tokens
+
+
+__all__ = ["Filters", "Made", "Rows", "Steps", "make_steps"]

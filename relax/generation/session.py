@@ -1,41 +1,14 @@
 """One growing text whose cache outlives a reply."""
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from relax.generation.decode import grown
-from relax.generation.generator import (
-    Batch,
-    Completion,
-    Generator,
-    Request,
-    bucket,
-    pad,
-)
-from relax.model.cache import Cache
+from relax.generation.generator import Generator
+from relax.generation.requests import Completion, Request
+from relax.generation.run import Run
+from relax.generation.slots import Slots
 from relax.model.parameters import Params
 from relax.sampling import SamplingConfig
-
-
-class _Kept(NamedTuple):
-    """A cache, the ids whose keys and values it holds, and the parameters behind them.
-
-    The parameters are known by their leaves, which this does not keep alive.
-    """
-
-    tokens: list[int]
-    cache: Cache | None
-    leaves: list[weakref.ref]
-
-
-_NOTHING = _Kept([], None, [])
 
 
 class Session:
@@ -47,7 +20,7 @@ class Session:
 
     def __init__(self, generator: Generator):
         self._generator = generator
-        self._kept = _NOTHING
+        self._slots: Slots | None = None
         self._open: Iterator[str] | None = None
         self.completion = Completion()
         self.prefilled = 0
@@ -56,7 +29,7 @@ class Session:
     @property
     def length(self) -> int:
         """How many tokens the cache holds."""
-        return len(self._surviving().tokens)
+        return 0 if self._slots is None else self._slots.surviving(0)
 
     def reply(
         self,
@@ -81,74 +54,27 @@ class Session:
         request = Request(tuple(map(int, tokens)), 0, sample_index)
         stop_strings = (*sampling.stop_strings, *stop_strings)
         sampling = replace(sampling, stop_strings=stop_strings)
-        batch = self._generator.prepare([request], sampling, stop_ids)
+        generator = self._generator
+        longest = generator.longest([request], sampling)
+        if self._slots is None:
+            self._slots = generator.new_slots(1, longest)
+        slots = self._slots
+        plan = generator.plan(slots.rows, sampling, True, 1, stop_ids)
+        completion = Completion()
+        run = generator.start(slots, [request], plan, [completion])
         if self._open is not None:
             self._open.close()
-        self._open = self._reply(params, request.prompt, batch)
+        self._open = self._reply(params, run, completion, generator.rounded(longest))
         return self._open
 
-    def _reply(self, params, prompt: tuple[int, ...], batch: Batch) -> Iterator[str]:
-        completion = self.completion = Completion()
-        leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
-        start, sent = self._start(params, prompt, batch), 0
-        for state in self._generator.dispatches(params, start, batch, [completion]):
-            # The newest token has not been through the model.
-            tokens = [*prompt, *completion.token_ids[:-1]]
-            self._kept = _Kept(tokens, state.cache, leaves)
+    def _reply(
+        self, params: Params, run: Run, completion: Completion, capacity: int
+    ) -> Iterator[str]:
+        stats, self.completion, sent = self._generator.stats, completion, 0
+        before = stats.prompt_tokens, stats.shared_tokens
+        self._slots.grow(capacity)
+        for _ in run.dispatches(params):
+            self.reused = stats.shared_tokens - before[1]
+            self.prefilled = stats.prompt_tokens - before[0] - self.reused
             yield completion.text[sent:]
             sent = len(completion.text)
-
-    def _start(self, params, prompt: tuple[int, ...], batch: Batch):
-        """Returns the state after the prompt, and its first token."""
-        cache = self._take(params, prompt)
-        if cache is None:
-            return self._generator.prefill(params, batch)
-        if cache.capacity < batch.capacity:
-            cache = grown(cache, batch.capacity)
-        new, B = prompt[self.reused :], len(batch.lengths)
-        return self._generator.steps.extend(
-            params,
-            cache,
-            pad([new] * B, bucket(len(new), cache.capacity)),
-            np.full(B, len(new), np.int32),
-            pad([prompt] * B, cache.capacity),
-            batch.remaining,
-            batch.rows,
-            filters=batch.filters,
-        )
-
-    def _take(self, params, prompt: tuple[int, ...]) -> Cache | None:
-        """Returns the cache, cut to what it shares with the prompt; None for nothing.
-
-        Leaves the session empty: the steps use the cache up.
-        """
-        kept, self._kept = self._surviving(), _NOTHING
-        self.reused = 0
-        if _same_arrays(kept.leaves, params):
-            # The last token is run in any case: it gives the first logits.
-            self.reused = min(_common_length(prompt, kept.tokens), len(prompt) - 1)
-        self.prefilled = len(prompt) - self.reused
-        return _shortened(kept.cache, self.reused) if self.reused else None
-
-    def _surviving(self) -> _Kept:
-        """Returns what is kept, unless a dispatch failed after it had used it up."""
-        cache = self._kept.cache
-        return _NOTHING if cache is None or cache.keys.is_deleted() else self._kept
-
-
-def _shortened(cache: Cache, length: int) -> Cache:
-    """Returns the cache of the first `length` tokens: what is after may be anything."""
-    return cache._replace(lengths=jnp.full_like(cache.lengths, length))
-
-
-def _same_arrays(leaves: list[weakref.ref], params) -> bool:
-    given = jax.tree.leaves(params)
-    return len(leaves) == len(given) and all(
-        known() is leaf for known, leaf in zip(leaves, given, strict=True)
-    )
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns how many ids two lists begin with alike."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -7,9 +7,11 @@ from jax import Array
 
 from relax.model.cache import read, write
 from relax.model.config import LlamaConfig
-from relax.model.context import Context
+from relax.model.context import CachePlace, Context
 from relax.model.layers import Linear, RMSNorm
 from relax.ops.attention import attention, attention_pattern
+from relax.ops.cached_attention import cached_attention
+from relax.ops.masks import AttentionMask
 from relax.ops.rope import rotate
 
 
@@ -23,7 +25,7 @@ class SelfAttention(hk.Module):
     def __call__(self, x: Array, buffers, layer, context: Context):
         """Returns `[B, T, D]`, the cache buffers with this layer's new slots, captures.
 
-        `buffers` is the pair of `[L, B, S, K, H]` keys and values, or None.
+        `buffers` is the pair of the cache's keys and values, or None.
         """
         config = self.config
         q = self._project(x, config.num_attention_heads, "q")
@@ -32,18 +34,17 @@ class SelfAttention(hk.Module):
         q = rotate(context.constrain(q, HEADS), context.cos, context.sin)
         k = rotate(context.constrain(k, KV_HEADS), context.cos, context.sin)
         v = context.constrain(v, KV_HEADS)
-        if buffers is not None:
-            slots = context.mask.query_slots
-            buffers = (
-                write(buffers[0], layer.index, slots, k),
-                write(buffers[1], layer.index, slots, v),
-            )
-            k, v = (read(buffer, layer.index) for buffer in buffers)
         mask = context.mask._replace(window=layer.window)
+        if buffers is not None:
+            buffers = _written(buffers, layer.index, context.place, k, v)
         captured = {}
         if "attn.pattern" in context.capture:
-            captured["attn.pattern"] = attention_pattern(q, k, mask)
-        out = attention(q, k, v, mask, context.attention)
+            keys = k if buffers is None else _all_keys(buffers, layer.index, context)
+            captured["attn.pattern"] = attention_pattern(q, keys, mask)
+        if buffers is None:
+            out = attention(q, k, v, mask, context.attention)
+        else:
+            out = _attend_cached(q, buffers, layer.index, context.place, mask)
         return self._output(context.constrain(out, HEADS)), buffers, captured
 
     @hk.transparent
@@ -75,6 +76,28 @@ class SelfAttention(hk.Module):
             bias=config.attention_out_bias,
             name="o_proj",
         )(out)
+
+
+def _written(buffers, index, place: CachePlace, k: Array, v: Array):
+    """Returns the buffers with new keys and values `[B, T, K, H]` in one layer."""
+    return tuple(
+        write(buffer, index, place.rows, place.slots, new)
+        for buffer, new in zip(buffers, (k, v), strict=True)
+    )
+
+
+def _all_keys(buffers, index, context: Context) -> Array:
+    """Returns a layer's keys `[B, S, K, H]`, those of unused slots included."""
+    place = context.place
+    keys = read(buffers[0], index, place.rows, 0, place.capacity)
+    return keys.transpose(0, 2, 1, 3)
+
+
+def _attend_cached(q: Array, buffers, index, place: CachePlace, mask: AttentionMask):
+    def block(start, size):
+        return tuple(read(buffer, index, place.rows, start, size) for buffer in buffers)
+
+    return cached_attention(q, block, mask, place.capacity, place.block)
 
 
 HEADS = ("batch", "length", "heads", None)

@@ -21,12 +21,25 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
 SITES = ("resid_pre", "attn.pattern", "resid_post")
 
 
+class CachePlace(NamedTuple):
+    """Where the tokens of a pass stand in the cache.
+
+    rows: of the cache; None: all of them, in order. slots: at the capacity for padding,
+    which is then written nowhere. block: of the slots that attention reads at a time.
+    """
+
+    rows: Int[Array, "B"] | None
+    slots: Int[Array, "B T"]
+    capacity: int
+    block: int
+
+
 class Context(NamedTuple):
     """The same for every layer.
 
     attention: name of the implementation. constrain: says how an activation with the
     given logical axes is laid out over devices. capture: the sites, of SITES, whose
-    values every layer returns.
+    values every layer returns. place: None without a cache.
     """
 
     cos: Float[Array, "B T half"]
@@ -35,6 +48,7 @@ class Context(NamedTuple):
     attention: str
     constrain: Constrain
     capture: tuple[str, ...] = ()
+    place: CachePlace | None = None
 
 
 class LayerInputs(NamedTuple):

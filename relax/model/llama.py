@@ -13,6 +13,7 @@ from relax.model.cache import Cache
 from relax.model.config import LlamaConfig
 from relax.model.context import (
     SITES,
+    CachePlace,
     Constrain,
     Context,
     LayerInputs,
@@ -20,6 +21,7 @@ from relax.model.context import (
 )
 from relax.model.layers import Embed, RMSNorm, lookup
 from relax.ops.attention import resolve_implementation
+from relax.ops.cached_attention import BLOCKS, LARGE_BLOCK
 from relax.ops.dropout import dropout
 from relax.ops.masks import AttentionMask
 from relax.ops.rope import rope_tables
@@ -74,6 +76,7 @@ class Llama(hk.Module):
         key_valid: Bool[Array, "B S"] | None = None,
         mask: Bool[Array, "B N T S"] | None = None,
         cache: Cache | None = None,
+        cache_rows: Int[Array, "B"] | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
         capture: tuple[str, ...] = (),
@@ -86,6 +89,8 @@ class Llama(hk.Module):
         key_valid: False where a token must be seen by none.
         mask: a caller's own mask, combined with causality.
         cache: what came before; the tokens go to the slots after it.
+        cache_rows: which rows of the cache these are, none twice; None: all, in order.
+            A row that the cache lacks is run and kept nowhere.
         lengths: number of real tokens per row (the rest is padding); only the cache
             needs it, since causality hides right padding anyway.
         dropout_key: None in evaluation and generation, which turns dropout off.
@@ -96,22 +101,19 @@ class Llama(hk.Module):
         """
         slots = tokens.shape[1] if cache is None else cache.capacity
         _check_inputs(slots, key_valid, mask, cache, segment_ids, capture)
+        place, query_slots = _place(tokens, cache, cache_rows, lengths)
         attention_mask = AttentionMask(
-            query_slots=None if cache is None else _slots(tokens, cache.lengths),
+            query_slots=query_slots,
             key_valid=key_valid,
             query_segments=segment_ids,
             key_segments=segment_ids,
             extra=mask,
         )
         if positions is None:
-            positions = _positions(tokens, cache, segment_ids)
-        config = self.config
-        cos, sin = rope_tables(
-            positions, config.head_width, config.rope_theta, config.rope_scaling
-        )
-        shared = attention_mask, self.attention, self.constrain, capture
-        context = Context(cos, sin, *shared)
-        table = self._embed("embed_tokens")()
+            positions = _positions(tokens, query_slots, segment_ids)
+        shared = attention_mask, self.attention, self.constrain, capture, place
+        context = Context(*self._rotations(positions), *shared)
+        config, table = self.config, self._embed("embed_tokens")()
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         # A lookup in a table split along its width would gather all of it late.
         rows = self.constrain(table, ("vocab", None))
@@ -122,8 +124,15 @@ class Llama(hk.Module):
         (x, buffers), captured = self._layers((x, buffers), inputs, context)
         hidden = RMSNorm(config.rms_norm_eps, config.param_dtype, name="norm")(x)
         unembedding = table if config.tie_word_embeddings else self._embed("lm_head")()
-        return LlamaOutput(
-            hidden, unembedding, _advance(cache, buffers, tokens, lengths), captured
+        if cache is not None:
+            cache = Cache(*buffers, _advanced(cache, cache_rows, tokens, lengths))
+        return LlamaOutput(hidden, unembedding, cache, captured)
+
+    def _rotations(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        """Returns the cosines and sines of RoPE."""
+        config = self.config
+        return rope_tables(
+            positions, config.head_width, config.rope_theta, config.rope_scaling
         )
 
     @hk.transparent
@@ -182,14 +191,29 @@ def _check_inputs(slots, key_valid, mask, cache, segment_ids, capture) -> None:
         raise ValueError(f"site {unknown[0]!r} is unknown; known: {', '.join(SITES)}")
 
 
-def _slots(tokens, lengths):
-    return lengths[:, None] + jnp.arange(tokens.shape[1])
+def _place(tokens, cache, rows, lengths):
+    """Returns where tokens stand in the cache, and the slots that queries look from.
+
+    Padding looks from the last of all, so that it widens nothing that is read.
+    """
+    if cache is None:
+        return None, None
+    before = cache.lengths if rows is None else cache.lengths.at[rows].get(mode="clip")
+    slots = before[:, None] + jnp.arange(tokens.shape[1])
+    capacity = cache.capacity
+    block = BLOCKS.get(jax.default_backend(), LARGE_BLOCK)
+    if lengths is None:
+        return CachePlace(rows, slots, capacity, block), slots
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    queries = jnp.where(real, slots, jnp.max(jnp.where(real, slots, 0)))
+    place = CachePlace(rows, jnp.where(real, slots, capacity), capacity, block)
+    return place, queries
 
 
-def _positions(tokens, cache, segment_ids):
+def _positions(tokens, query_slots, segment_ids):
     """Returns each token's distance from the start of its row or its segment."""
-    if cache is not None:
-        return _slots(tokens, cache.lengths)
+    if query_slots is not None:
+        return query_slots
     slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
         return slots
@@ -197,8 +221,9 @@ def _positions(tokens, cache, segment_ids):
     return slots - jax.lax.cummax(jnp.where(starts, slots, 0), axis=1)
 
 
-def _advance(cache, buffers, tokens, lengths) -> Cache | None:
-    if cache is None:
-        return None
+def _advanced(cache, rows, tokens, lengths):
+    """Returns the lengths of the cache's rows after the tokens."""
     added = tokens.shape[1] if lengths is None else lengths
-    return Cache(*buffers, lengths=cache.lengths + added)
+    if rows is None:
+        return cache.lengths + added
+    return cache.lengths.at[rows].add(added, mode="drop")

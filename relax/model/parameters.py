@@ -39,6 +39,18 @@ def flat_parameters(params: Mapping) -> Iterator[tuple[str, jax.Array]]:
             yield f"{module}/{name}", params[module][name]
 
 
+def with_layers(
+    config: LlamaConfig, params: Params, scan_layers: bool
+) -> tuple[LlamaConfig, Params]:
+    """Returns config and parameters in the scanned or the unrolled form.
+
+    What changes is copied one array at a time.
+    """
+    if config.scan_layers != scan_layers:
+        params = stack_layers(params) if scan_layers else unstack_layers(params)
+    return dataclasses.replace(config, scan_layers=scan_layers), params
+
+
 def stack_layers(params: Params) -> Params:
     """Returns the scanned form of unrolled parameters: `[L, ...]` leaves."""
     stacked, layers = {}, {}
@@ -63,8 +75,9 @@ def unstack_layers(params: Params) -> Params:
             unrolled[module] = leaves
             continue
         rest = module[len(_STACKED) :]
-        for index in range(len(next(iter(leaves.values())))):
-            layer = jax.tree.map(lambda x, i=index: x[i], leaves)
+        split = {name: jnp.unstack(leaf) for name, leaf in leaves.items()}
+        for index in range(len(next(iter(split.values())))):
+            layer = {name: parts[index] for name, parts in split.items()}
             unrolled[f"llama/layers_{index}/{rest}"] = layer
     return unrolled
 

@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
+def keep_first(logits: Float[Array, "B V"], count: int) -> Float[Array, "B V"]:
+    """Keeps the ids below `count`."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < count, logits, -jnp.inf)
+
+
 def penalise_repetition(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
@@ -20,6 +25,34 @@ def penalise_repetition(
     penalty = penalty[:, None]
     penalised = jnp.where(logits < 0.0, logits * penalty, logits / penalty)
     return jnp.where(seen, penalised, logits)
+
+
+def count_tokens(
+    tokens: Int[Array, "B S"],
+    starts: Int[Array, "B"],
+    ends: Int[Array, "B"],
+    num_columns: int,
+) -> Int[Array, "B V"]:
+    """Returns how often each id stands in [start, end) of its row."""
+    slots = jnp.arange(tokens.shape[1])
+    held = (slots >= starts[:, None]) & (slots < ends[:, None])
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    counts = jnp.zeros((tokens.shape[0], num_columns), jnp.int32)
+    return counts.at[rows, tokens].add(held)
+
+
+def penalise_counts(
+    logits: Float[Array, "B V"],
+    counts: Int[Array, "B V"],
+    presence: Float[Array, "B"],
+    frequency: Float[Array, "B"],
+) -> Float[Array, "B V"]:
+    """Takes `frequency` off a logit for each time it came, `presence` if it came.
+
+    As OpenAI's API and vLLM do; negative penalties favour what came.
+    """
+    penalty = frequency[:, None] * counts + presence[:, None] * (counts > 0)
+    return logits - penalty
 
 
 def ban_repeated_ngrams(
@@ -46,6 +79,31 @@ def ban_repeated_ngrams(
     rows = jnp.arange(tokens.shape[0])[:, None]
     banned = jnp.zeros(logits.shape, bool).at[rows, tokens].max(ends)
     return jnp.where(banned, -jnp.inf, logits)
+
+
+def ban_stop_ids(
+    logits: Float[Array, "B V"], stop_ids: Int[Array, "stops"], rows: Bool[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Removes the tokens that end a text from the rows marked."""
+    stops = jnp.isin(jnp.arange(logits.shape[-1]), stop_ids)
+    return jnp.where(rows[:, None] & stops, -jnp.inf, logits)
+
+
+def keep_allowed(
+    logits: Float[Array, "B V"],
+    allowed: Bool[Array, "B V"],
+    unfiltered: Float[Array, "B V"],
+    stop_ids: Int[Array, "stops"],
+) -> Float[Array, "B V"]:
+    """Keeps the tokens allowed.
+
+    Of a row that keeps none, the tokens that end a text come back as they were before
+    any filter: what can't go on ends.
+    """
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    nothing = ~jnp.any(logits > -jnp.inf, axis=-1, keepdims=True)
+    ends = nothing & jnp.isin(jnp.arange(logits.shape[-1]), stop_ids)
+    return jnp.where(ends, unfiltered, logits)
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: Int[Array, "B"]) -> Float[Array, "B V"]:
@@ -86,3 +144,26 @@ def keep_min_p(
     probs = jax.nn.softmax(logits, axis=-1)
     threshold = p[:, None] * jnp.max(probs, axis=-1, keepdims=True)
     return jnp.where(probs >= threshold, logits, -jnp.inf)
+
+
+def keep_typical(
+    logits: Float[Array, "B V"], mass: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Keeps the tokens nearest to typical, as many as have `mass` together.
+
+    Typical is a token whose information -log p is the entropy of the distribution. The
+    token that reaches the mass is kept, and those as far off as it (Meister et al.
+    2022, https://arxiv.org/abs/2202.00666, eq. 10). mass = 1 keeps all.
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(logprobs)
+    terms = jnp.where(probs > 0.0, probs * logprobs, 0.0)
+    distance = jnp.abs(jnp.sum(terms, axis=-1, keepdims=True) - logprobs)
+    order = jnp.argsort(distance, axis=-1)
+    running = jnp.cumsum(jnp.take_along_axis(probs, order, axis=-1), axis=-1)
+    count = jnp.sum(running < mass[:, None], axis=-1, keepdims=True)
+    last = jnp.take_along_axis(order, jnp.minimum(count, logits.shape[-1] - 1), axis=-1)
+    kept = distance <= jnp.take_along_axis(distance, last, axis=-1)
+    # A running sum of float32 may reach 1 before the last token.
+    kept |= mass[:, None] >= 1.0
+    return jnp.where(kept, logits, -jnp.inf)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -21,7 +22,7 @@ class AttentionMask(NamedTuple):
     extra: a caller's own mask `[B or 1, N or 1, T, S]`.
     """
 
-    query_slots: Int[Array, "B T"] | None = None
+    query_slots: Int[Array, "#B T"] | None = None
     key_valid: Bool[Array, "B S"] | None = None
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
@@ -45,18 +46,39 @@ def dense_mask(
 
     The first two axes have length 1 where the block does not depend on them.
     """
-    t, s = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
-    key_slots = jnp.arange(keys.start, keys.stop)
+    t = slice(queries.start, queries.stop)
     if mask.query_slots is None:
-        query_slots = jnp.arange(queries.start, queries.stop)[None, :, None]
+        query_slots = jnp.arange(queries.start, queries.stop)[None]
     else:
-        query_slots = mask.query_slots[:, t, None]
+        query_slots = mask.query_slots[:, t]
+    segments, extra = mask.query_segments, mask.extra
+    part = mask._replace(
+        query_slots=query_slots,
+        query_segments=None if segments is None else segments[:, t],
+        extra=None if extra is None else extra[:, :, t],
+    )
+    return key_block_mask(part, keys.start, len(keys))
+
+
+def key_block_mask(
+    mask: AttentionMask, start: Int[Array, ""] | int, size: int
+) -> Bool[Array, "#B #N T size"]:
+    """Returns the block of `mask` for the key slots from `start` on.
+
+    `mask.query_slots` is given. `start` may be traced; `start + size` is at most S.
+    """
+
+    def keys_of(array):
+        return jax.lax.dynamic_slice_in_dim(array, start, size, axis=-1)
+
+    key_slots, query_slots = start + jnp.arange(size), mask.query_slots[:, :, None]
     visible = key_slots <= query_slots
     if mask.window is not None:
         visible &= key_slots > query_slots - mask.window
     if mask.key_valid is not None:
-        visible &= mask.key_valid[:, None, s]
+        visible &= keys_of(mask.key_valid)[:, None]
     if mask.query_segments is not None:
-        visible &= mask.query_segments[:, t, None] == mask.key_segments[:, None, s]
+        key_segments = keys_of(mask.key_segments)[:, None]
+        visible &= mask.query_segments[:, :, None] == key_segments
     visible = visible[:, None]
-    return visible if mask.extra is None else visible & mask.extra[:, :, t, s]
+    return visible if mask.extra is None else visible & keys_of(mask.extra)

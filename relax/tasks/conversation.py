@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from relax.generation.generator import Completion
+from relax.generation.requests import Completion
 from relax.language_model import STREAM_CHUNK, LanguageModel
 from relax.sampling import SamplingConfig
 from relax.tasks.files import write_lines

@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from relax.generation.generator import Completion
+from relax.generation.requests import Completion
 from relax.language_model import LanguageModel
 from relax.sampling import SamplingConfig
 from relax.tasks.files import check_output, read_texts, write_rows
@@ -97,5 +97,4 @@ def _rows(
 ) -> Iterator[dict]:
     """Yields a line of output per completion."""
     for prompt, completion in _paired(prompts, completions, sampling):
-        row = asdict(completion)
-        yield {"prompt": prompt, "completion": row.pop("text"), **row}
+        yield {"prompt": prompt, **completion.row()}

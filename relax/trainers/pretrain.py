@@ -7,7 +7,8 @@ import jax
 
 from relax.data.corpora import Corpus, load_corpus
 from relax.data.windows import TrainingBatches, target_bytes, validation_batches
-from relax.generation.generator import Generator, Request
+from relax.generation.generator import Generator
+from relax.generation.requests import Request
 from relax.model.llama import make_llama
 from relax.model.parameters import training_flops_per_token
 from relax.optim import make_optimizer, make_schedule
@@ -112,7 +113,9 @@ def _make_sample(setup: Setup, apply):
     if not trainer.sample_tokens:
         return None
     prompt, limit = trainer.sample_prompt, setup.model.max_position_embeddings
-    generator = Generator(apply, setup.model, tokenizer, (), batch_multiple(setup.mesh))
+    mesh = setup.mesh
+    layout = batch_multiple(mesh), make_constrain(mesh)
+    generator = Generator(apply, setup.model, tokenizer, (), *layout)
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     request = Request((*first, *tokenizer.encode(prompt)), 0, 0)
     if not 1 <= len(request.prompt) < limit:

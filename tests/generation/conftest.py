@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import relax
-from relax.generation.generator import Completion, Generator, Request
+from relax.generation.generator import Generator
+from relax.generation.requests import Completion, Request
 from relax.language_model import LanguageModel
 from relax.model.llama import LlamaOutput, make_llama
 from relax.model.parameters import parameter_shapes
@@ -127,13 +128,14 @@ def full_forward(config, model) -> FullForward:
     return FullForward(of)
 
 
-def _scripted_apply(params, tokens, cache, lengths):
+def _scripted_apply(params, tokens, cache, lengths, cache_rows=None):
     """A model's `apply` that gives the token at place p of `params` at place p."""
-    slots = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
+    rows = jnp.arange(len(tokens)) if cache_rows is None else cache_rows
+    before = cache.lengths.at[rows].get(mode="clip")
+    slots = before[:, None] + jnp.arange(tokens.shape[1])
     hidden = 30.0 * jax.nn.one_hot(params[slots + 1], 128)
-    return LlamaOutput(
-        hidden, jnp.eye(128), cache._replace(lengths=cache.lengths + lengths)
-    )
+    after = cache.lengths.at[rows].add(lengths, mode="drop")
+    return LlamaOutput(hidden, jnp.eye(128), cache._replace(lengths=after))
 
 
 @pytest.fixture(scope="session")

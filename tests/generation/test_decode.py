@@ -3,12 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.generation.decode import PAD, Rows, make_steps
-from relax.sampling import SamplingConfig, row_key, sampling_params
+from relax.generation.decode import Rows, make_steps
+from relax.generation.drafts import draft_tokens
+from relax.sampling import SamplingConfig, sampling_params
 
 GREEDY = SamplingConfig(temperature=0.0)
 SCRIPT = [7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]
 LENGTHS = [3, 1, 5]
+CAPACITY, CHUNK, NEVER = 19, 5, 99
 
 
 class Run:
@@ -17,30 +19,56 @@ class Run:
     def __init__(self, steps, configs, remaining, ignore_eos=False, stop_ids=(29, 41)):
         params, self.filters = sampling_params(configs)
         B = len(configs)
-        keys = jnp.stack([row_key(0, row, 0) for row in range(B)])
-        ignore_eos = jnp.broadcast_to(jnp.asarray(ignore_eos), B)
-        self.rows = Rows(keys, params, ignore_eos, jnp.asarray(stop_ids, jnp.int32))
         self.steps, self.script = steps, jnp.asarray(SCRIPT + [0] * 64)
-        tokens = np.zeros((B, 7), np.int32)
+        text = np.zeros((B, CAPACITY), np.int32)
         for row, length in enumerate(LENGTHS[:B]):
-            tokens[row, :length] = SCRIPT[:length]
-        self.state, first = steps.prefill(
+            text[row, :length] = SCRIPT[:length]
+        lengths = np.asarray(LENGTHS[:B], np.int32)
+        zeros = np.zeros(B, np.uint32)
+        self.rows = Rows(
+            text=text,
+            lengths=lengths,
+            prompt_lengths=lengths,
+            remaining=np.asarray(remaining, np.int32),
+            seeds=zeros,
+            inputs=np.arange(B, dtype=np.uint32),
+            samples=zeros,
+            ignore_eos=np.broadcast_to(ignore_eos, B),
+            params=params,
+            stop_ids=np.asarray(stop_ids, np.int32),
+            logit_bias=None,
+        )
+        self.cache = steps.new_cache(B, CAPACITY)
+        order = np.arange(B, dtype=np.int32)
+        starts = np.zeros(B, np.int32)
+        self.cache = steps.prefill(
+            self.script, self.cache, text[:, :7], order, starts, lengths - 1
+        )
+
+    def decode(self, limit=CHUNK, patience=NEVER, drafts=0):
+        """Returns each row's tokens of one dispatch, and goes on from there."""
+        self.cache, made = self.steps.decode(
             self.script,
-            tokens,
-            jnp.asarray(LENGTHS[:B]),
-            jnp.asarray(remaining),
+            self.cache,
             self.rows,
-            capacity=19,
+            limit,
+            patience,
+            chunk=CHUNK,
+            drafts=drafts,
             filters=self.filters,
         )
-        self.first = np.asarray(first.tokens).tolist()
-
-    def decode(self):
-        """Returns the tokens of one dispatch of five."""
-        self.state, choice = self.steps.decode(
-            self.script, self.state, self.rows, chunk=5, filters=self.filters
+        text, lengths = self.rows.text.copy(), np.asarray(self.rows.lengths)
+        tokens = [
+            np.asarray(made.choices.tokens[row, :count]).tolist()
+            for row, count in enumerate(made.counts)
+        ]
+        for row, new in enumerate(tokens):
+            text[row, lengths[row] : lengths[row] + len(new)] = new
+        self.rows = self.rows._replace(
+            text=text, lengths=lengths + made.counts, remaining=made.remaining
         )
-        return np.asarray(choice.tokens).tolist()
+        self.made = made
+        return tokens
 
 
 @pytest.fixture(scope="module")
@@ -48,59 +76,52 @@ def steps(config, scripted_apply):
     return make_steps(scripted_apply, config, num_ids=67)
 
 
-def test_prefill_gives_the_token_after_each_prompt(steps):
+def test_the_first_tokens_are_those_after_each_prompt(steps):
     run = Run(steps, [GREEDY] * 3, [5, 5, 5])
-    assert run.first == [[17], [11], [23]]
-    np.testing.assert_array_equal(run.state.remaining, [4, 4, 4])
-    np.testing.assert_array_equal(run.state.cache.lengths, LENGTHS)
+    assert run.decode(limit=1) == [[17], [11], [23]]
+    np.testing.assert_array_equal(run.made.remaining, [4, 4, 4])
+    np.testing.assert_array_equal(run.cache.lengths, LENGTHS)
 
 
-def test_rows_that_have_ended_repeat_pad_and_keep_their_length(steps):
-    run = Run(steps, [GREEDY] * 3, [1, 3, 7], ignore_eos=True)
-    assert run.decode() == [
-        [PAD, PAD, PAD, PAD, PAD],
-        [13, 17, PAD, PAD, PAD],
-        [29, 31, 37, 41, 43],
-    ]
-    np.testing.assert_array_equal(run.state.remaining, [0, 0, 1])
-    np.testing.assert_array_equal(run.state.cache.lengths, [3, 3, 10])
-    assert [row[0] for row in run.decode()] == [PAD, PAD, 47]
+def test_rows_that_have_ended_make_nothing_and_keep_their_length(steps):
+    run = Run(steps, [GREEDY] * 3, [1, 4, 8], ignore_eos=True)
+    assert run.decode() == [[17], [11, 13, 17, 19], [23, 29, 31, 37, 41]]
+    np.testing.assert_array_equal(run.made.remaining, [0, 0, 3])
+    np.testing.assert_array_equal(run.cache.lengths, [3, 4, 9])
+    assert run.decode() == [[], [], [43, 47, 0]]
 
 
 def test_every_stop_id_ends_a_row_and_is_kept(steps):
     run = Run(steps, [GREEDY] * 3, [9, 9, 9], ignore_eos=[False, True, False])
-    assert run.decode() == [
-        [19, 23, 29, PAD, PAD],
-        [13, 17, 19, 23, 29],
-        [29, PAD, PAD, PAD, PAD],
-    ]
-    np.testing.assert_array_equal(run.state.remaining, [0, 3, 0])
+    assert run.decode() == [[17, 19, 23, 29], [11, 13, 17, 19, 23], [23, 29]]
+    np.testing.assert_array_equal(run.made.remaining, [0, 4, 0])
 
 
 def test_a_row_that_may_have_no_token_gets_none(steps):
     run = Run(steps, [GREEDY] * 3, [0, 2, 0])
-    assert run.first == [[PAD], [11], [PAD]]
-    assert [row[:2] for row in run.decode()] == [[PAD, PAD], [13, PAD], [PAD, PAD]]
+    assert run.decode() == [[], [11, 13], []]
+    assert run.decode() == [[], [], []]
 
 
-def test_seen_holds_prompt_and_completion_and_no_padding(steps):
-    penalised = SamplingConfig(temperature=0.0, repetition_penalty=1.5)
-    run = Run(steps, [penalised] * 3, [1, 3, 3], ignore_eos=True)
-    run.decode()
-    seen = [set(np.flatnonzero(row).tolist()) for row in run.state.seen]
-    assert seen == [{7, 11, 13, 17}, {7, 11, 13, 17}, {7, 11, 13, 17, 19, 23, 29, 31}]
+@pytest.mark.parametrize(
+    ("limit", "patience", "counts"),
+    [
+        (2, NEVER, [1, 2, 2]),
+        (5, NEVER, [1, 5, 3]),
+        (5, 1, [1, 1, 1]),
+        (5, 2, [1, 3, 3]),
+    ],
+)
+def test_a_dispatch_ends_at_its_limit_or_where_rows_have_ended(
+    steps, limit, patience, counts
+):
+    run = Run(steps, [GREEDY] * 3, [1, 9, 3], ignore_eos=True)
+    assert [len(row) for row in run.decode(limit, patience)] == counts
 
 
-def test_text_holds_prompt_and_completion_in_order(steps):
-    """Pairs do not repeat in SCRIPT, so that it goes on as it does without."""
-    apart = SamplingConfig(temperature=0.0, no_repeat_ngram_size=2)
-    run = Run(steps, [apart, apart, GREEDY], [1, 3, 3], ignore_eos=True)
-    run.decode()
-    for row, count in enumerate([4, 4, 8]):
-        assert run.state.text[row, :count].tolist() == SCRIPT[:count]
-    assert run.state.text.shape == (3, 19)
-    assert run.state.seen is None
-    assert Run(steps, [GREEDY] * 3, [1, 3, 3]).state.text is None
+def test_rows_idle_from_the_start_do_not_end_a_dispatch(steps):
+    run = Run(steps, [GREEDY] * 3, [0, 9, 0], ignore_eos=True)
+    assert [len(row) for row in run.decode(patience=1)] == [0, 5, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -110,8 +131,8 @@ def test_ids_that_the_tokenizer_lacks_are_never_chosen(
     """The script wants 11, 13 and 17; logprobs are still those of the whole model."""
     steps = make_steps(scripted_apply, config, num_ids=11)
     sampling = [SamplingConfig(temperature=temperature)] * 3
-    run = Run(steps, sampling, [4, 4, 4], stop_ids=())
-    tokens = np.concatenate([run.first, run.decode()], axis=1)[:, :4]
+    tokens = np.array(Run(steps, sampling, [4, 4, 4], stop_ids=()).decode())
+    assert tokens.shape == (3, 4)
     assert tokens.min() >= 0 and tokens.max() < 11
 
 
@@ -120,10 +141,10 @@ def test_rows_of_one_batch_have_their_own_parameters(steps):
     wild = SamplingConfig(temperature=1e3)
     tame = SamplingConfig(temperature=1e3, min_p=1.0)
     run = Run(steps, [GREEDY, wild, tame], [9, 9, 9], ignore_eos=True)
-    tokens = np.concatenate([run.first, run.decode()], axis=1)
-    assert tokens[0].tolist() == SCRIPT[3:9]
-    assert tokens[2].tolist() == SCRIPT[5:11]
-    assert np.sum(tokens[1] == SCRIPT[1:7]) <= 1
+    tokens = np.concatenate([run.decode(), run.decode()], axis=1)
+    assert tokens[0, :6].tolist() == SCRIPT[3:9]
+    assert tokens[2, :6].tolist() == SCRIPT[5:11]
+    assert np.sum(tokens[1, :6] == SCRIPT[1:7]) <= 1
 
 
 def greedy_tokens(model, prompts, sampling):
@@ -153,13 +174,58 @@ def test_a_shifted_position_in_decoding_changes_the_greedy_tokens(
     model_with_shifted_positions, ragged, expected, greedy
 ):
     tokens = greedy_tokens(model_with_shifted_positions, ragged, greedy)
-    assert [row[0] for row in tokens] == [row[0] for row in expected]  # of the prefill
     assert tokens != expected
 
 
-def test_decode_gives_its_cache_back_in_the_buffers_it_was_given(steps):
+def test_the_cache_comes_back_in_the_buffers_that_were_given(steps):
     run = Run(steps, [GREEDY] * 3, [5, 5, 5])
-    given = run.state.cache.keys
+    given = run.cache.keys
     run.decode()
     assert given.is_deleted()
-    assert not jax.tree.leaves(run.state.cache)[0].is_deleted()
+    assert not jax.tree.leaves(run.cache)[0].is_deleted()
+
+
+# Speculation.
+
+LOOP = [7, 11, 13, 7, 11, 13, 7, 11, 17, 7, 11, 13, 7, 11, 13, 7, 11, 13]
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_guesses_change_no_token_and_are_counted(config, scripted_apply, drafts):
+    """From five tokens on: 13 7 11 is guessed and right, 13 for 17 is wrong."""
+    steps = make_steps(scripted_apply, config, num_ids=67)
+    run = Run(steps, [GREEDY] * 3, [12, 6, 13], stop_ids=())
+    text = np.zeros((3, CAPACITY), np.int32)
+    for row, length in enumerate((5, 4, 5)):
+        text[row, :length] = LOOP[:length]
+    lengths = np.array([5, 4, 5], np.int32)
+    run.rows = run.rows._replace(text=text, lengths=lengths, prompt_lengths=lengths)
+    run.script = jnp.asarray(LOOP + [0] * 64)
+    made = [[], [], []]
+    drafted = accepted = dispatches = 0
+    while (np.asarray(run.rows.remaining) > 0).any():
+        for row, new in enumerate(run.decode(drafts=drafts)):
+            made[row] += new
+        drafted += int(run.made.drafted)
+        accepted += int(run.made.accepted)
+        dispatches += 1
+    assert made == [LOOP[5:17], LOOP[4:10], LOOP[5:18]]
+    assert 0 < accepted < drafted
+    assert accepted >= 12
+
+
+def test_guesses_are_what_followed_the_longest_match():
+    text = [
+        [1, 2, 3, 9, 4, 2, 3, 8, 5, 2, 3, 0, 0],  # "2 3": its last place was before 8
+        [7, 1, 2, 3, 6, 2, 3, 5, 1, 2, 3, 0, 0],  # "1 2 3" goes before the later "2 3"
+        [4, 5, 6, 7, 8, 9, 1, 2, 3, 0, 0, 0, 0],  # nothing
+        [5, 5, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0],  # round and round
+    ]
+    lengths = jnp.array([11, 11, 9, 5])
+    drafts, known = jax.jit(draft_tokens, static_argnums=2)(
+        jnp.asarray(text), lengths, 3
+    )
+    np.testing.assert_array_equal(known, [3, 3, 0, 3])
+    assert drafts[0].tolist() == [8, 5, 2]
+    assert drafts[1].tolist() == [6, 2, 3]
+    assert drafts[3].tolist() == [5, 5, 5]

@@ -10,7 +10,9 @@ import sentencepiece
 
 from relax.generation import generator as generator_module
 from relax.generation.decode import choose_tokens
-from relax.generation.generator import Generator, Request
+from relax.generation.generator import Generator
+from relax.generation.requests import CompletionText, Request
+from relax.generation.run import Run
 from relax.sampling import SamplingConfig
 from relax.text.tokenizers import SentencePieceTokenizer
 
@@ -273,12 +275,13 @@ def test_texts_up_to_their_stop_strings(scripted, stops, start, text, count):
 def test_tokens_after_a_stop_string_are_seen_in_larger_dispatches(
     scripted, monkeypatch
 ):
-    def careless(completion, text, tokens, *_):
-        completion.token_ids += tokens
+    def careless(run, index, choices, count):
+        tokens, text = choices.tokens[:count].tolist(), run._work.texts[index]
+        run._work.completions[index].token_ids += tokens
         found = [text.add(token)[1] for token in tokens]
         return any(found)
 
-    monkeypatch.setattr(generator_module, "_append", careless)
+    monkeypatch.setattr(Run, "_append", careless)
     model, sampling = scripted(SPOKEN), replace(SCRIPTED, stop_strings=["n, x"])
     with pytest.raises(AssertionError):
         assert_same_in_all_dispatches(lambda s: model.complete(s, 1), sampling)
@@ -312,11 +315,11 @@ def test_a_text_keeps_the_space_between_it_and_its_prompt(spaces):
 
 
 def test_a_text_without_its_prompt_loses_the_space(spaces, monkeypatch):
-    class Alone(generator_module._Text):
+    class Alone(CompletionText):
         def __init__(self, tokenizer, prompt, stop_strings):
             super().__init__(tokenizer, [], stop_strings)
 
-    monkeypatch.setattr(generator_module, "_Text", Alone)
+    monkeypatch.setattr(generator_module, "CompletionText", Alone)
     with pytest.raises(AssertionError):
         assert_spaces_after_a_prompt(spaces)
 

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
-from relax.generation import session as session_module
-from relax.generation.generator import Generator, Request
+from relax.generation import slots as slots_module
+from relax.generation.generator import Generator
+from relax.generation.requests import Request
 from relax.generation.session import Session
 from relax.model.llama import make_llama
 from relax.sampling import SamplingConfig
@@ -152,15 +152,11 @@ def test_other_parameters_start_anew(chat, make_params, config):
 # Broken on purpose.
 
 
-@pytest.mark.parametrize("act", [retry, change_system])
-def test_a_cache_that_is_not_cut_is_seen(chat, monkeypatch, act):
-    monkeypatch.setattr(session_module, "_shortened", lambda cache, length: cache)
-    with pytest.raises(AssertionError):
-        act(chat)
-
-
 def test_a_prefix_too_long_is_seen(chat, monkeypatch):
-    monkeypatch.setattr(session_module, "_common_length", lambda *texts: len(texts[1]))
+    def careless(text, held, ids):
+        return np.minimum(held, len(ids))
+
+    monkeypatch.setattr(slots_module, "_common_lengths", careless)
     with pytest.raises(AssertionError):
         change_system(chat)
 
@@ -172,18 +168,19 @@ def test_a_prefix_too_long_is_seen(chat, monkeypatch):
         replace(GREEDY, no_repeat_ngram_size=1),
     ],
 )
-def test_filters_that_see_only_the_new_text_are_seen(
-    chat, generator, monkeypatch, filtered
-):
-    def extend(params, cache, tokens, lengths, text, *rest, **options):
-        forgotten = np.zeros_like(text)
-        return steps.extend(params, cache, tokens, lengths, forgotten, *rest, **options)
+def test_filters_that_see_only_the_new_text_are_seen(chat, monkeypatch, filtered):
+    place = slots_module.Slots.place
+
+    def forgetful(slots, *args):
+        row, shared = place(slots, *args)
+        slots.text[row, :shared] = 0
+        return row, shared
 
     chat.say(SYSTEM + TURNS[3], filtered)
-    before, steps = chat.ids, generator.steps
+    before = chat.ids
     chat.say(TURNS[0], filtered)
     chat.ids = before
-    monkeypatch.setattr(generator, "steps", steps._replace(extend=extend))
+    monkeypatch.setattr(slots_module.Slots, "place", forgetful)
     with pytest.raises(AssertionError):
         chat.say(TURNS[0], filtered)
 
@@ -192,7 +189,7 @@ def test_filters_that_see_only_the_new_text_are_seen(
 
 
 def capacity(chat):
-    return chat.session._kept.cache.capacity
+    return chat.session._slots.capacity
 
 
 def test_capacity_doubles_where_it_must(chat):
@@ -264,7 +261,7 @@ def test_a_new_reply_ends_the_one_before(chat):
     assert list(first) == []
 
 
-@pytest.mark.parametrize("broken", ["extend", "decode"])
+@pytest.mark.parametrize("broken", ["prefill", "decode"])
 def test_a_failure_that_loses_the_cache_starts_anew(
     chat, generator, monkeypatch, broken
 ):
@@ -275,7 +272,9 @@ def test_a_failure_that_loses_the_cache_starts_anew(
     chat.say(SYSTEM)
     steps = generator.steps
     with monkeypatch.context() as patch:
-        patch.setattr(generator, "steps", steps._replace(**{broken: failing}))
+        broken_steps = steps._replace(**{broken: failing})
+        patch.setattr(generator, "steps", broken_steps)
+        patch.setattr(chat.session._slots, "_steps", broken_steps)
         with pytest.raises(RuntimeError, match="gone"):
             chat.say(TURNS[0])
     assert chat.session.length == 0
@@ -288,7 +287,7 @@ def test_a_failure_between_dispatches_leaves_a_session_that_is_right(chat, monke
 
     chat.say(SYSTEM)
     with monkeypatch.context() as patch:
-        patch.setattr("relax.generation.generator._append", failing)
+        patch.setattr("relax.generation.run.Run._append", failing)
         with pytest.raises(KeyboardInterrupt):
             chat.say(TURNS[0])
     chat.say([])
@@ -377,7 +376,7 @@ def test_a_session_without_a_tokenizer_gives_ids(model, config, chat):
 
 def test_the_cache_stays_in_its_buffers(chat):
     chat.say(SYSTEM)
-    given = chat.session._kept.cache.keys
+    given = chat.session._slots._cache.keys
     chat.say(TURNS[0])
     assert given.is_deleted()
-    assert not jax.tree.leaves(chat.session._kept.cache)[0].is_deleted()
+    assert not chat.session._slots._is_lost()

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from relax.generation.generator import Request
+from relax.generation.beam import make_beam_search
+from relax.generation.requests import Request
+from relax.model.llama import make_llama
 from relax.sampling import SamplingConfig
 
 GREEDY = SamplingConfig(temperature=0.0, tokens_per_dispatch=8)
@@ -31,12 +34,22 @@ def published(oracle_dir):
 
 
 @pytest.fixture(scope="module")
-def greedy_cases(oracle_dir):
-    """The runs of the peer that do not search with beams."""
+def cases(oracle_dir):
+    """The peer's runs by name."""
     path = oracle_dir / "stories260K_generate.json"
-    cases = json.loads(path.read_text())["cases"]
-    assert len(cases) == 19
-    return [case for case in cases if "num_beams" not in case["kwargs"]]
+    return {case["name"]: case for case in json.loads(path.read_text())["cases"]}
+
+
+@pytest.fixture(scope="module")
+def greedy_cases(cases):
+    """Those that do not search with beams."""
+    return [case for case in cases.values() if "num_beams" not in case["kwargs"]]
+
+
+@pytest.fixture(scope="module")
+def beam_search(stories):
+    apply = make_llama(stories.config).apply
+    return make_beam_search(apply, stories.config, stories.tokenizer.vocab_size)
 
 
 def settings(case):
@@ -55,11 +68,16 @@ def rows(cases):
     After the end of text the peer pads with 0, an id that no row has elsewhere.
     """
     for case in cases:
-        limit = case["kwargs"]["max_new_tokens"]
-        inputs, masks = np.array(case["input_ids"]), np.array(case["attention_mask"])
-        for ids, mask, made in zip(inputs, masks, case["sequences"], strict=True):
-            made = [token for token in made[len(ids) :] if token != 0]
-            yield tuple(ids[mask == 1].tolist()), limit, made
+        limit, width = case["kwargs"]["max_new_tokens"], len(case["input_ids"][0])
+        for prompt, made in zip(prompts_of(case), case["sequences"], strict=True):
+            yield prompt, limit, [token for token in made[width:] if token != 0]
+
+
+def prompts_of(case):
+    """Returns a case's prompts without their left padding."""
+    inputs, masks = np.array(case["input_ids"]), np.array(case["attention_mask"])
+    pairs = zip(inputs, masks, strict=True)
+    return [tuple(ids[mask == 1].tolist()) for ids, mask in pairs]
 
 
 def compare_with_peer(stories, params, cases):
@@ -86,17 +104,92 @@ def compare_with_peer(stories, params, cases):
     return count
 
 
+def compare_beams_with_peer(search, params, case):
+    """Compares token ids exactly, and scores; returns how many prompts had beams.
+
+    The peer fills up shorter beams with the end of text, its pad id being 0.
+    """
+    kwargs, width = case["kwargs"], len(case["input_ids"][0])
+    early, (stop_id,) = kwargs["early_stopping"], kwargs["eos_token_id"]
+    sampling = SamplingConfig(
+        temperature=0.0,
+        max_new_tokens=kwargs["max_new_tokens"],
+        num_beams=kwargs["num_beams"],
+        num_return_sequences=kwargs["num_return_sequences"],
+        length_penalty=kwargs["length_penalty"],
+        early_stopping=early if early == "never" else str(early).lower(),
+    )
+    requests = [Request(p, i, 0) for i, p in enumerate(prompts_of(case))]
+    found = search(params, requests, sampling, (stop_id,))
+    beams = [beam for beams in found for beam in beams]
+    made = [row[width:] for row in case["sequences"]]
+    ends = [row.index(stop_id) + 1 if stop_id in row else None for row in made]
+    expected = [row[:end] for row, end in zip(made, ends, strict=True)]
+    assert [beam.token_ids for beam in beams] == expected
+    reasons = ["length" if end is None else "stop" for end in ends]
+    assert [beam.finish_reason for beam in beams] == reasons
+    scores = [beam.score for beam in beams]
+    np.testing.assert_allclose(scores, case["sequences_scores"], rtol=0, atol=1e-4)
+    return len(found)
+
+
+# All runs of the peer: these, and by their number of beams how many more.
+GREEDY_CASES = [
+    "greedy_bos_256",
+    "batch_leftpad_greedy",
+    "greedy_eos_dot",
+    "greedy_no_repeat_ngram3",
+    "greedy_rep1.3",
+    "batch_leftpad_greedy_rep1.3",
+]
+BEAM_CASES = {2: 6, 3: 1, 4: 6}
+
+
+def test_all_runs_of_the_peer_are_compared(cases):
+    assert len(cases) == len(GREEDY_CASES) + sum(BEAM_CASES.values()) == 19
+    beams = [case["kwargs"].get("num_beams", 1) for case in cases.values()]
+    assert Counter(beams) == {1: len(GREEDY_CASES), **BEAM_CASES}
+
+
 def test_greedy_tokens_are_those_of_transformers(stories, greedy_cases):
     cases = sorted(greedy_cases, key=settings)
-    assert [case["name"] for case in cases] == [
-        "greedy_bos_256",
-        "batch_leftpad_greedy",
-        "greedy_eos_dot",
-        "greedy_no_repeat_ngram3",
-        "greedy_rep1.3",
-        "batch_leftpad_greedy_rep1.3",
-    ]
+    assert [case["name"] for case in cases] == GREEDY_CASES
     assert compare_with_peer(stories, stories.params, cases) == 1 + 3 + 1 + 1 + 1 + 3
+
+
+@pytest.mark.parametrize(("num_beams", "count"), BEAM_CASES.items())
+def test_beams_are_those_of_transformers(stories, beam_search, cases, num_beams, count):
+    compared = [
+        compare_beams_with_peer(beam_search, stories.params, case)
+        for case in cases.values()
+        if case["kwargs"].get("num_beams") == num_beams
+    ]
+    assert compared == ([3] if num_beams == 3 else [1] * count)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("beam2_lp0.0_esTrue_eosdot", {"length_penalty": 1.0}),
+        ("beam2_lp1.0_esnever_eosdot", {"early_stopping": False}),
+        ("beam4_lp1.0_esFalse_eosdot", {"early_stopping": True}),
+        ("beam3_batch_leftpad", {"length_penalty": 0.9}),
+        ("beam4_lp2.0_esTrue_eosdot", {"eos_token_id": [432]}),
+    ],
+)
+def test_every_setting_of_a_beam_search_counts(
+    stories, beam_search, cases, name, setting
+):
+    case = cases[name]
+    other = {**case, "kwargs": {**case["kwargs"], **setting}}
+    with pytest.raises(AssertionError):
+        compare_beams_with_peer(beam_search, stories.params, other)
+
+
+def test_wrong_parameters_give_other_beams(perturbed, beam_search, cases):
+    case = cases["beam2_lp1.0_esFalse_eosdot"]
+    with pytest.raises(AssertionError):
+        compare_beams_with_peer(beam_search, perturbed, case)
 
 
 def test_wrong_parameters_give_other_tokens(stories, perturbed, greedy_cases):

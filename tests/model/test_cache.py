@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +83,9 @@ def test_the_check_catches_keys_of_another_row(build):
     expected = full_forward(model)
     cache = empty_cache(model.config, B, CAPACITY)
     cache = model.forward(model.params, TOKENS[:, :T], cache=cache).cache
-    swapped = cache._replace(keys=cache.keys[:, ::-1])
+    swapped = cache._replace(
+        keys=jax.tree.map(lambda x: x[..., ::-1, :, :, :], cache.keys)
+    )
     out = model.forward(model.params, TOKENS[:, T : T + 1], cache=swapped)
     error = np.abs(np.asarray(out.hidden[:, 0]) - expected[:, T])
     assert error[0].max() > 100 * TOLERANCE and error[1].max() < TOLERANCE
@@ -122,45 +122,74 @@ def test_the_room_left_in_a_cache_changes_nothing(build):
     np.testing.assert_allclose(hidden[0], hidden[1], rtol=0, atol=TOLERANCE)
 
 
-@functools.cache
-def buffer():
-    """Returns numbered slots `[L, B, S, K, H]` = `[2, 3, 5, 1, 2]`."""
-    return jnp.arange(60.0).reshape(2, 3, 5, 1, 2)
+@pytest.fixture(params=["one array", "an array per layer"])
+def buffer(request):
+    """Numbered slots `[L, B, K, S, H]` = `[2, 3, 1, 5, 2]`, in both layouts."""
+    array = jnp.arange(60.0).reshape(2, 3, 1, 5, 2)
+    return array if request.param == "one array" else tuple(array)
 
 
-def test_write_fills_each_rows_own_slots_of_one_layer():
-    update = -jnp.arange(1.0, 13.0).reshape(3, 2, 1, 2)
+def as_array(buffer):
+    return np.array(buffer if isinstance(buffer, jax.Array) else jnp.stack(buffer))
+
+
+UPDATE = -jnp.arange(1.0, 13.0).reshape(3, 2, 1, 2)  # [B, T, K, H]
+
+
+def test_write_fills_each_rows_own_slots_of_one_layer(buffer):
     slots = jnp.array([[0, 1], [3, 4], [2, 3]])
-    actual = write(buffer(), 1, slots, update)
-    expected = np.array(buffer())
-    expected[1, 0, 0:2], expected[1, 1, 3:5] = update[0], update[1]
-    expected[1, 2, 2:4] = update[2]
-    np.testing.assert_array_equal(actual, expected)
+    actual = write(buffer, 1, None, slots, UPDATE)
+    expected = as_array(buffer)
+    expected[1, 0, 0, 0:2], expected[1, 1, 0, 3:5] = UPDATE[0, :, 0], UPDATE[1, :, 0]
+    expected[1, 2, 0, 2:4] = UPDATE[2, :, 0]
+    np.testing.assert_array_equal(as_array(actual), expected)
 
 
-def test_write_drops_what_lies_beyond_the_capacity():
+def test_write_fills_the_rows_named_and_drops_those_that_are_not_there(buffer):
+    """Row 3 of layer 0 would be row 0 of layer 1, were it not dropped."""
+    slots = jnp.array([[0, 1], [3, 4], [2, 3]])
+    actual = write(buffer, 0, jnp.array([2, 3, 0]), slots, UPDATE)
+    expected = as_array(buffer)
+    expected[0, 2, 0, 0:2], expected[0, 0, 0, 2:4] = UPDATE[0, :, 0], UPDATE[2, :, 0]
+    np.testing.assert_array_equal(as_array(actual), expected)
+
+
+def test_write_drops_what_lies_beyond_the_capacity(buffer):
     update = -jnp.ones((3, 2, 1, 2))
     slots = jnp.array([[4, 5], [5, 6], [100, 0]])
-    actual = write(buffer(), 0, slots, update)
-    expected = np.array(buffer())
-    expected[0, 0, 4] = expected[0, 2, 0] = -1.0
-    np.testing.assert_array_equal(actual, expected)
+    actual = write(buffer, 0, None, slots, update)
+    expected = as_array(buffer)
+    expected[0, 0, 0, 4] = expected[0, 2, 0, 0] = -1.0
+    np.testing.assert_array_equal(as_array(actual), expected)
 
 
 def test_write_takes_a_traced_layer_and_keeps_the_dtype_of_the_buffer():
-    half = buffer().astype(jnp.bfloat16)
+    buffer = jnp.arange(60.0, dtype=jnp.bfloat16).reshape(2, 3, 1, 5, 2)
     update = jnp.full((3, 1, 1, 2), 1.0 + 2**-9)
     slots = jnp.zeros((3, 1), jnp.int32)
-    actual = jax.jit(write)(half, jnp.int32(1), slots, update)
+    actual = jax.jit(write)(buffer, jnp.int32(1), None, slots, update)
     assert actual.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(read(actual, 1)[:, 0].astype(jnp.float32), 1.0)
-    np.testing.assert_array_equal(read(actual, 0), half[0])
+    np.testing.assert_array_equal(actual[1, :, 0, 0].astype(jnp.float32), 1.0)
+    np.testing.assert_array_equal(actual[0], buffer[0])
 
 
-def test_an_empty_cache_has_the_shape_and_dtype_of_its_model(make_config):
-    cache = empty_cache(make_config(compute_dtype="bfloat16"), 5, 13)
-    assert cache.keys.shape == cache.values.shape == (3, 5, 13, 2, 10)
-    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+def test_read_gives_some_slots_of_some_rows_of_a_layer(buffer):
+    everything = as_array(buffer)
+    actual = read(buffer, 1, None, 2, 3)
+    np.testing.assert_array_equal(actual, everything[1, :, :, 2:5])
+    actual = read(buffer, 0, jnp.array([2, 0]), 1, 2)
+    np.testing.assert_array_equal(actual, everything[0, [2, 0], :, 1:3])
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_an_empty_cache_has_the_shape_and_dtype_of_its_model(make_config, scan_layers):
+    config = make_config(compute_dtype="bfloat16", scan_layers=scan_layers)
+    cache = empty_cache(config, 5, 13)
+    for buffer in (cache.keys, cache.values):
+        layers = [buffer] if scan_layers else buffer
+        shape = (3, 5, 2, 13, 10) if scan_layers else (5, 2, 13, 10)
+        assert [layer.shape for layer in layers] == [shape] * (1 if scan_layers else 3)
+        assert {layer.dtype for layer in layers} == {jnp.dtype(jnp.bfloat16)}
     assert cache.capacity == 13
     np.testing.assert_array_equal(cache.lengths, [0] * 5)
 

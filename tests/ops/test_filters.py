@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 
 from relax.ops.filters import (
     ban_repeated_ngrams,
+    ban_stop_ids,
+    count_tokens,
+    keep_allowed,
+    keep_first,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    keep_typical,
+    penalise_counts,
     penalise_repetition,
 )
 
@@ -69,6 +75,47 @@ def test_repetition_penalty_by_hand():
     seen = jnp.array([[True, True, True, False, False]])
     actual = penalise_repetition(row(3.0, -3.0, 0.0, 3.0, -3.0), seen, number(1.5))
     np.testing.assert_array_equal(actual, [[2.0, -4.5, 0.0, 3.0, -3.0]])
+
+
+def test_penalties_of_counts_by_hand():
+    counts = jnp.array([[0, 1, 3, 0], [2, 0, 1, 5]])
+    logits = jnp.tile(row(1.0, 1.0, -1.0, 0.0), (2, 1))
+    actual = penalise_counts(
+        logits, counts, jnp.array([0.5, -1.0]), jnp.array([0.25, 2.0])
+    )
+    np.testing.assert_array_equal(
+        actual, [[1.0, 0.25, -2.25, 0.0], [-2.0, 1.0, -2.0, -9.0]]
+    )
+
+
+def test_counts_are_of_a_row_s_own_part():
+    tokens = jnp.array([[3, 1, 1, 4, 1], [0, 2, 2, 2, 0]])
+    counts = count_tokens(tokens, jnp.array([0, 1]), jnp.array([3, 5]), 7)
+    np.testing.assert_array_equal(counts, [[0, 2, 0, 1, 0, 0, 0], [1, 0, 3, *[0] * 4]])
+
+
+def test_stop_ids_are_banned_in_the_rows_marked():
+    logits = jnp.tile(row(0.0, 1.0, 2.0, 3.0, 4.0), (2, 1))
+    actual = ban_stop_ids(logits, jnp.array([1, 4, 4]), jnp.array([True, False]))
+    assert kept(actual) == [[0, 2, 3], [0, 1, 2, 3, 4]]
+    none = ban_stop_ids(logits, jnp.zeros(0, jnp.int32), jnp.array([True, True]))
+    np.testing.assert_array_equal(none, logits)
+
+
+def test_ids_from_a_count_on_are_out():
+    assert kept(keep_first(row(1.0, 2.0, 3.0, 4.0, 5.0), 3)) == [[0, 1, 2]]
+
+
+def test_what_is_allowed_is_kept_and_else_what_ends_a_text():
+    """Allowed: 1 and 3; 0, which a filter took; nothing. Ends: 2 and 4."""
+    unfiltered = jnp.tile(row(1.0, 2.0, 3.0, 4.0, 5.0), (3, 1))
+    logits = unfiltered.at[:, 0].set(-jnp.inf).at[:, 2].set(-1.0)
+    allowed = np.zeros((3, 5), bool)
+    allowed[0, [1, 3]] = allowed[1, 0] = True
+    actual = keep_allowed(logits, jnp.asarray(allowed), unfiltered, jnp.array([2, 4]))
+    assert kept(actual) == [[1, 3], [2, 4], [2, 4]]
+    np.testing.assert_array_equal(actual[0, jnp.array([1, 3])], [2.0, 4.0])
+    np.testing.assert_array_equal(actual[1:, 2], [3.0, 3.0])
 
 
 def banned(tokens, size, V=7):
@@ -213,6 +260,66 @@ def test_min_p_by_hand():
         assert kept(keep_min_p(logits, number(p))) == [expected]
 
 
+# Information 0.693, 1.109, 2.120 and 2.996 nats around an entropy of 1.117: the second
+# is the nearest, then the first, the third and the fourth.
+TYPICAL = (0.5, 0.33, 0.12, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("mass", "expected"),
+    [
+        (1e-6, [1]),
+        (0.32, [1]),
+        (0.34, [0, 1]),  # 0.33 is less than the mass
+        (0.82, [0, 1]),
+        (0.84, [0, 1, 2]),
+        (0.94, [0, 1, 2]),
+        (0.96, [0, 1, 2, 3]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_typical_by_hand(mass, expected):
+    actual = keep_typical(log_row(*TYPICAL), number(mass))
+    assert kept(actual) == [expected]
+    picked = jnp.asarray(expected)
+    np.testing.assert_array_equal(actual[0, picked], log_row(*TYPICAL)[0, picked])
+
+
+def test_typical_keeps_what_is_as_far_off():
+    """Four equal tokens are all of them as typical."""
+    assert kept(keep_typical(row(7.0, 7.0, 7.0, 7.0), number(0.1))) == [[0, 1, 2, 3]]
+    # Two rare tokens alike: one of them would do for the mass.
+    logits = log_row(0.5, 0.2, 0.2, 0.1)
+    assert kept(keep_typical(logits, number(0.1))) == [[1, 2]]
+
+
+def test_typical_mass_of_1_keeps_tokens_that_vanish_in_a_running_sum():
+    logits = row(0.0, -40.0, -80.0, -104.0)
+    np.testing.assert_array_equal(keep_typical(logits, number(1.0)), logits)
+
+
+def test_typical_equals_that_of_transformers():
+    """Also after another filter, and where logits are equal."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(3)
+    logits = rng.normal(scale=2.5, size=(211, 53)).astype(np.float32)
+    logits[::2] = np.round(logits[::2])
+    logits[::3, rng.permutation(53)[:23]] = -np.inf
+    sizes = set()
+    for mass in (0.01, 0.2, 0.5, 0.9, 0.99):
+        theirs = transformers.TypicalLogitsWarper(mass)(None, torch.tensor(logits))
+        ours = _typical(jnp.asarray(logits), number(mass, 211))
+        np.testing.assert_array_equal(ours, theirs.numpy())
+        sizes |= {len(ids) for ids in kept(ours)}
+    assert {1, 2, 3, 5, 7, 11, 13, 17, 19, 23} <= sizes
+    other = _typical(jnp.asarray(logits), number(0.97, 211))
+    assert (np.asarray(other) != theirs.numpy()).any()
+
+
+_typical = jax.jit(keep_typical)
+
+
 def test_what_an_earlier_filter_removed_stays_removed():
     logits = row(1.0, -jnp.inf, 0.5, -jnp.inf)
     for actual in (
@@ -220,6 +327,11 @@ def test_what_an_earlier_filter_removed_stays_removed():
         keep_top_k(logits, number(3)),
         keep_top_p(logits, number(1.0)),
         keep_min_p(logits, number(0.0)),
+        keep_typical(logits, number(1.0)),
+        keep_typical(logits, number(0.99)),
+        keep_first(logits, 3),
+        penalise_counts(logits, jnp.array([[0, 3, 0, 1]]), number(-1.0), number(-2.0)),
+        ban_stop_ids(logits, jnp.array([1]), jnp.array([True])),
         penalise_repetition(logits, jnp.full((1, 4), True), number(1.0)),
         ban_repeated_ngrams(logits, jnp.array([[0, 2]]), number(2), number(2)),
     ):
@@ -233,6 +345,8 @@ def test_each_row_has_its_own_parameters():
     assert kept(top_p) == [[2], [0, 1, 2, 3], [0, 2]]
     min_p = keep_min_p(logits, jnp.array([0.9, 0.0, 0.4]))
     assert kept(min_p) == [[2], [0, 1, 2, 3], [0, 2]]
+    typical = keep_typical(logits, jnp.array([0.1, 1.0, 0.8]))
+    assert kept(typical) == [[0], [0, 1, 2, 3], [0, 2, 3]]
     seen = jnp.full(logits.shape, True)
     penalised = penalise_repetition(logits, seen, jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(penalised, logits * np.array([[1.0], [2.0], [3.0]]))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from relax.generation.generator import Generator
+from relax.generation.run import Run
 from relax.generation.session import Session
 from relax.language_model import LanguageModel
 from relax.model.llama import LlamaOutput
@@ -146,14 +147,14 @@ def test_a_reply_that_the_device_fails_at_changes_nothing(
 ):
     said(chat.say("ab"))
     before, turn = chat.messages, chat.turn
-    run = Generator.dispatches
+    run = Run.dispatches
 
     def failing(*arguments):
         yield from islice(run(*arguments), dispatches)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Generator, "dispatches", failing)
+        patch.setattr(Run, "dispatches", failing)
         reply = chat.say("cde") if question == "say" else chat.retry()
         with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
             said(reply)

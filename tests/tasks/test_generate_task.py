@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from relax.generation.generator import Completion
+from relax.generation.requests import Completion
 from relax.sampling import SamplingConfig
 from relax.tasks.generate import GenerateConfig, check, read_prompts, run
 

@@ -1,0 +1,186 @@
+"""Requests on their way through the slots of a cache."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from relax.generation.decode import Made, Rows, Steps
+from relax.generation.requests import (
+    Completion,
+    CompletionText,
+    GenerationStats,
+    Request,
+)
+from relax.generation.slots import Slots
+from relax.model.parameters import Params
+from relax.sampling import Choice, Filters, SamplingConfig, SamplingParams
+
+# A stop string is seen when the host looks: what is made after it was made for nothing.
+DISPATCH_WITH_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What holds for all rows of a run.
+
+    params: `[B]` each. stop_ids: the model's and those asked for. share: whether rows
+    copy prefixes from one another. first_limit: tokens of the first dispatch, where
+    something is to be seen soon.
+    """
+
+    sampling: SamplingConfig
+    params: SamplingParams
+    filters: Filters
+    stop_ids: tuple[int, ...]
+    logit_bias: np.ndarray | None
+    share: bool = True
+    first_limit: int | None = None
+
+
+class Work(NamedTuple):
+    """Requests, how many tokens each may get, and what their answers have come to."""
+
+    requests: Sequence[Request]
+    limits: Sequence[int]
+    texts: Sequence[CompletionText]
+    completions: list[Completion]
+
+
+class Run:
+    """Requests, each in the first slot that gets free, until all are complete."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        slots: Slots,
+        work: Work,
+        plan: Plan,
+        stats: GenerationStats,
+    ):
+        """`work.completions` grow with every dispatch."""
+        self._steps, self._slots, self._work = steps, slots, work
+        self._plan, self._stats = plan, stats
+        B = slots.rows
+        self._owner: list[int | None] = [None] * B
+        self._prompt_lengths, self._lengths = np.zeros((2, B), np.int32)
+        self._remaining = np.zeros(B, np.int32)
+        self._inputs, self._samples = np.zeros((2, B), np.uint32)
+
+    def dispatches(self, params: Params) -> Iterator[list[int]]:
+        """Yields after each dispatch the requests that it completed.
+
+        A dispatch ends early where rows have ended and others wait for them.
+        """
+        self._slots.use(params)
+        waiting = deque(range(len(self._work.requests)))
+        limit = self._plan.first_limit
+        while waiting or any(owner is not None for owner in self._owner):
+            self._admit(waiting)
+            self._slots.fill(params)
+            # To wait for a second row to end costs less than another look by the host.
+            patience = max(1, self._slots.rows // 8) if waiting else self._slots.rows
+            made = self._decode(params, limit or self._limit(), patience)
+            limit = None
+            yield self._collect(made)
+
+    def _limit(self) -> int:
+        sampling = self._plan.sampling
+        size = sampling.tokens_per_dispatch
+        return min(size, DISPATCH_WITH_STOP_STRINGS) if sampling.stop_strings else size
+
+    def _admit(self, waiting: deque[int]) -> None:
+        idle = [row for row, owner in enumerate(self._owner) if owner is None]
+        while waiting and idle:
+            index = waiting.popleft()
+            request = self._work.requests[index]
+            row, shared = self._slots.place(request.prompt, idle, self._plan.share)
+            idle.remove(row)
+            self._owner[row] = index
+            self._prompt_lengths[row] = self._lengths[row] = len(request.prompt)
+            self._remaining[row] = self._work.limits[index]
+            self._inputs[row] = request.input_index
+            self._samples[row] = request.sample_index
+            self._stats.prompt_tokens += len(request.prompt)
+            self._stats.shared_tokens += shared
+
+    def _decode(self, params: Params, limit: int, patience: int) -> Made:
+        plan, sampling = self._plan, self._plan.sampling
+        B = self._slots.rows
+        rows = Rows(
+            text=self._slots.text,
+            lengths=self._lengths,
+            prompt_lengths=self._prompt_lengths,
+            remaining=self._remaining,
+            seeds=np.full(B, sampling.seed, np.uint32),
+            inputs=self._inputs,
+            samples=self._samples,
+            ignore_eos=np.full(B, sampling.ignore_eos),
+            params=plan.params,
+            stop_ids=np.asarray(plan.stop_ids, np.int32),
+            logit_bias=plan.logit_bias,
+        )
+        cache, made = self._steps.decode(
+            params,
+            self._slots.take_cache(),
+            rows,
+            limit,
+            patience,
+            chunk=sampling.tokens_per_dispatch,
+            drafts=sampling.speculate,
+            filters=plan.filters,
+        )
+        self._slots.put_cache(cache)
+        return jax.device_get(made)
+
+    def _collect(self, made: Made) -> list[int]:
+        """Appends a dispatch's tokens; returns the requests that are complete."""
+        self._stats.new_tokens += int(made.counts.sum())
+        self._stats.drafted_tokens += int(made.drafted)
+        self._stats.accepted_tokens += int(made.accepted)
+        self._remaining[:] = made.remaining
+        ended = []
+        for row, index in enumerate(self._owner):
+            if index is None:
+                continue
+            count, length = int(made.counts[row]), self._lengths[row]
+            tokens = made.choices.tokens[row, :count]
+            self._slots.text[row, length : length + count] = tokens
+            choices = jax.tree.map(lambda x, r=row: x[r], made.choices)
+            if self._append(index, choices, count):
+                self._remaining[row] = 0
+            completion = self._work.completions[index]
+            self._lengths[row] = self._prompt_lengths[row] + len(completion.token_ids)
+            # The newest token has not been through the model.
+            self._slots.held[row] = self._lengths[row] - 1
+            if self._remaining[row] == 0:
+                self._owner[row] = None
+                completion.text += self._work.texts[index].flush()
+                ended.append(index)
+        return ended
+
+    def _append(self, index: int, choices: Choice, count: int) -> bool:
+        """Appends a row's tokens; returns whether they have come to a stop.
+
+        Those after the one that completes a stop string are left out, so that the size
+        of a dispatch changes nothing.
+        """
+        completion, text = self._work.completions[index], self._work.texts[index]
+        columns = [column[:count].tolist() for column in choices]
+        for token, logprob, sampled, ids, logprobs in zip(*columns, strict=True):
+            completion.token_ids.append(token)
+            completion.logprobs.append(logprob)
+            completion.sampled_logprobs.append(sampled)
+            if ids:
+                pairs = list(zip(ids, logprobs, strict=True))
+                completion.top_logprobs.append(pairs)
+            piece, stopped = text.add(token)
+            completion.text += piece
+            is_end = token in self._plan.stop_ids and not self._plan.sampling.ignore_eos
+            if stopped or is_end:
+                completion.finish_reason = "stop"
+                return True
+        return False
