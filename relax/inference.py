@@ -32,7 +32,7 @@ def start(config: Mapping[str, Any]) -> None:
         )
     config_class, task = TASKS[kind]
     known = {
-        *("checkpoint", "dtype", "prompt", "prompts_file"),
+        *("checkpoint", "dtype", "scan_layers", "prompt", "prompts_file"),
         *("input_path", "output_path"),
         *("task", "sampling", "mesh", "runtime"),
     }
@@ -40,11 +40,14 @@ def start(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{unknown[0]} is no key of the config; known: {', '.join(sorted(known))}"
         )
+    scan_layers = config["scan_layers"]
+    if not isinstance(scan_layers, bool):
+        raise ValueError(f"scan_layers={scan_layers!r} must be true or false")
     task_config = to_dataclass(config_class, config["task"], "task")
     sampling = to_dataclass(SamplingConfig, config["sampling"], "sampling")
     mesh = to_dataclass(MeshConfig, config["mesh"], "mesh")
     configure(to_dataclass(RuntimeConfig, config["runtime"], "runtime"))
     task.check(task_config)
     dtype = config["dtype"] or getattr(task, "DTYPE", None)
-    model = load(config["checkpoint"], mesh, dtype)
+    model = load(config["checkpoint"], mesh, dtype, scan_layers)
     task.run(task_config, model, sampling)

@@ -51,6 +51,14 @@ def workplace(tmp_path_factory, monkeypatch_module):
     for name in ("train.py", "infer.py", "conf"):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "prompts.txt").write_text("ROMEO:\nJULIET:\n")
+    records = [{"id": n, "prompt": f"{name}:"} for n, name in enumerate("ABCDE")]
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    (folder / "prompts.jsonl").write_text(lines)
+    pair = {"input": [[1, 0], [0, 2]], "output": [[2, 0], [0, 1]]}
+    (folder / "arc_tasks").mkdir()
+    (folder / "arc_tasks" / "0a1b2c3d.json").write_text(
+        json.dumps({"train": [pair], "test": [pair]})
+    )
     (folder / "notes").mkdir()
     (folder / "notes" / "one.txt").write_text("What is written, is written.\n" * 99)
     run("python train.py model=tiny data=shakespeare", folder, SMALL)
@@ -116,7 +124,13 @@ SHORT = "sampling.max_new_tokens=8"
 def test_a_sampling_command(workplace, command):
     extra = [] if "max_new_tokens" in command else [SHORT]
     printed = run(command, workplace, extra)
-    if "output_path" in command:
+    if "task=batch" in command:
+        lines = (workplace / "batch.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == [0, 1, 2, 3, 4]
+    elif "task=arc" in command:
+        submission = json.loads((workplace / "arc_answers/submission.json").read_text())
+        assert list(submission) == ["0a1b2c3d"]
+    elif "output_path" in command:
         assert len((workplace / "out.jsonl").read_text().splitlines()) == 8
     else:
         assert printed.startswith(("ROMEO:", "JULIET:"))

@@ -64,7 +64,8 @@ def digits_only(
 ) -> Constraint:
     """Returns the constraint to the digits 0 to 9, at least one token of them.
 
-    Raises ValueError where the tokenizer has none.
+    A digit with a space before it is none. A stop id may follow the first token.
+    Raises ValueError where the tokenizer has no token of digits.
     """
     ids = range(min(tokenizer.vocab_size, num_columns))
     digits = [i for i in ids if tokenizer.token_bytes(i).isdigit()]
@@ -100,8 +101,8 @@ def one_of(
     def constraint(state: TextState) -> Bool[Array, "B V"]:
         made = state.lengths - state.prompt_lengths
         slots = state.prompt_lengths[:, None] + np.arange(width)
-        last = state.text.shape[1] - 1
-        text = jnp.take_along_axis(state.text, jnp.minimum(slots, last), axis=1)
+        # Slots that there are not come later than all that was made.
+        text = jnp.take_along_axis(state.text, slots, axis=1)
         later = np.arange(width) >= made[:, None]
         agrees = (text[:, None] == table) | later[:, None]
         fits = jnp.all(agrees, axis=-1) & (made[:, None] <= counts)

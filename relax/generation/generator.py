@@ -115,12 +115,12 @@ class Generator:
         rows: int,
     ) -> Iterator[list[int]]:
         """Gives sample s of an input its s-th best beam, `rows` beams at a time."""
-        if sampling.stop_strings:
-            raise ValueError(
-                f"sampling.stop_strings={list(sampling.stop_strings)} can't end beams "
-                f"(sampling.num_beams={sampling.num_beams}); use stop_token_ids, or "
-                "set sampling.num_beams=1"
-            )
+        for name in ("stop_strings", "num_top_logprobs"):
+            if value := getattr(sampling, name):
+                raise ValueError(
+                    f"sampling.{name}={value} does not go with beams; set "
+                    f"sampling.num_beams=1 instead of {sampling.num_beams}"
+                )
         self.longest(requests, sampling)  # checks them
         plan = self.plan(1, sampling)
         inputs: dict[Request, list[int]] = {}

@@ -51,6 +51,11 @@ class Session:
         before its end, which another call does too: the session keeps what was made. A
         piece may be empty. Raises ValueError for a text that can't be completed.
         """
+        if sampling.num_beams > 1:
+            raise ValueError(
+                f"sampling.num_beams={sampling.num_beams}: a reply is made token by "
+                "token; set sampling.num_beams=1"
+            )
         request = Request(tuple(map(int, tokens)), 0, sample_index)
         stop_strings = (*sampling.stop_strings, *stop_strings)
         sampling = replace(sampling, stop_strings=stop_strings)

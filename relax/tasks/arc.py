@@ -137,12 +137,9 @@ def run(
     limits = {"context": context, "max_new_tokens": sampling.max_new_tokens}
     results = limits | summarise(answered)
     _write_json(folder / RESULTS, results)
-    if config.pictures:
-        (folder / PICTURES).mkdir(exist_ok=True)
-        for one, answer in zip(inputs, answered, strict=True):
-            name = f"{answer.task_id}_{answer.test}.png"
-            draw(one.task, answer, folder / PICTURES / name)
     show(results, terminal)
+    if config.pictures:
+        _draw(inputs, answered, folder / PICTURES)
 
 
 def _read(config: ArcConfig) -> list[ArcTask]:
@@ -275,6 +272,13 @@ def _rows(
                 "reason": reason,
                 "right": None if answer.output is None else grid == answer.output,
             }
+
+
+def _draw(inputs: Sequence[Input], answered: Sequence[Answered], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    logger.info("drawing %d pictures in %s", len(inputs), folder)
+    for one, answer in zip(inputs, answered, strict=True):
+        draw(one.task, answer, folder / f"{answer.task_id}_{answer.test}.png")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -5,10 +5,10 @@ import json
 import math
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from relax.sampling import SamplingConfig
 from relax.tasks.conversation import Conversation, read_messages, write_messages
@@ -76,18 +76,40 @@ def _boolean(text: str) -> bool:
     return value
 
 
-def _strings(text: str) -> tuple[str, ...]:
-    values = json.loads(text)
-    if not (isinstance(values, list) and all(isinstance(v, str) for v in values)):
-        raise ValueError(text)
-    return tuple(values)
+def _list_of(kind: type) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        values = json.loads(text)
+        if not isinstance(values, list) or any(type(v) is not kind for v in values):
+            raise ValueError(text)
+        return tuple(values)
+
+    return parse
 
 
-_PARSERS: dict[type, tuple[Callable, str]] = {
+def _biases(text: str) -> Mapping[int, float]:
+    pairs = json.loads(text)
+    try:
+        pairs = pairs.items() if isinstance(pairs, dict) else pairs
+        return {int(token): float(bias) for token, bias in pairs}
+    except TypeError:
+        raise ValueError(text) from None
+
+
+def _text(text: str) -> str | None:
+    """Returns a word as it stands, or what JSON writes."""
+    quoted = text == "null" or text.startswith('"')
+    return json.loads(text) if quoted else text
+
+
+_PARSERS: dict[Any, tuple[Callable, str]] = {
     int: (int, "a whole number"),
     float: (float, "a number"),
     bool: (_boolean, "true or false"),
-    tuple[str, ...]: (_strings, r'a list of strings, such as ["\n\n", "End"]'),
+    str: (_text, "a word"),
+    str | None: (_text, "a word or null"),
+    tuple[str, ...]: (_list_of(str), r'a list of strings, such as ["\n\n", "End"]'),
+    tuple[int, ...]: (_list_of(int), "a list of ids, such as [2, 13]"),
+    dict[int, float] | None: (_biases, 'numbers by id, such as {"5": -100.0}'),
 }
 
 

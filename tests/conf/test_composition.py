@@ -42,6 +42,8 @@ OPEN = {
     ("tokenizer", "huggingface"): "tokenizer.path=tokenizer.json",
     ("task", "score"): "prompt=text",
     ("task", "export"): "output_path=folder",
+    ("task", "arc"): "task.path=tasks output_path=folder",
+    ("task", "batch"): "input_path=in.jsonl output_path=out.jsonl",
 }
 
 
@@ -74,7 +76,7 @@ def inference(*overrides: str) -> dict:
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_every_option_becomes_its_dataclass(group, name):
-    overrides = [f"{group}={name}", *filter(None, [OPEN.get((group, name))])]
+    overrides = [f"{group}={name}", *OPEN.get((group, name), "").split()]
     configs = inference if group in INFERENCE_ONLY else training
     assert configs(*overrides)
 

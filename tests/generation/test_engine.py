@@ -210,6 +210,36 @@ def test_guesses_that_are_not_checked_are_seen(
         assert_same(run(generator, model.params, requests[5:8], guessing), alone[5:8])
 
 
+# Beams.
+
+
+def test_beams_are_completions_with_scores(generator, model):
+    sampling = replace(GREEDY, num_beams=3, num_return_sequences=2, max_new_tokens=5)
+    prompts = [[5, 6, 7], [9], [11, 12, 13, 14]]
+    requests = [
+        Request(tuple(prompt), index, 0) for index, prompt in enumerate(prompts)
+    ]
+    found = generator.beam_search(model.params, requests, sampling, (66,))
+    made = model.generate(prompts, sampling, batch_size=6)
+    beams = [beam for beams in found for beam in beams]
+    assert [c.token_ids for c in made] == [beam.token_ids for beam in beams]
+    scores = [beam.score for beam in beams]
+    np.testing.assert_allclose([c.score for c in made], scores, rtol=0, atol=1e-5)
+    assert [c.text for c in made] == [
+        model.tokenizer.decode(beam.token_ids) for beam in beams
+    ]
+    assert made[0].score > made[1].score
+
+
+@pytest.mark.parametrize(
+    "name, value", [("stop_strings", ["a"]), ("num_top_logprobs", 2)]
+)
+def test_what_beams_do_not_take_is_an_error(model, name, value):
+    sampling = replace(GREEDY, num_beams=2, **{name: value})
+    with pytest.raises(ValueError, match=rf"sampling.{name}=.* not go with beams"):
+        model.generate([[1]], sampling)
+
+
 # Programs.
 
 

@@ -106,7 +106,14 @@ def test_a_setting_is_read_by_its_type(chat, name, text, value):
 
 
 def test_every_setting_is_shown_as_it_is_read(chat):
-    chat.sampling = SamplingConfig(stop_strings=("é\n",), ignore_eos=True)
+    chat.sampling = SamplingConfig(
+        stop_strings=("é\n",),
+        ignore_eos=True,
+        logit_bias={5: -1.5, 2: 3},
+        stop_token_ids=(7, 11),
+        constraint="digits",
+        early_stopping="never",
+    )
     lines = respond("/set", chat).note.splitlines()
     assert len(lines) == len(fields(SamplingConfig))
     assert 'stop_strings ["é\\n"]' in lines
@@ -127,6 +134,9 @@ def test_every_setting_is_shown_as_it_is_read(chat):
         ("temperature nan", "sampling.temperature=nan must be in"),
         ("ignore_eos 1", "sampling.ignore_eos='1' must be true or false"),
         ("stop_strings End", "sampling.stop_strings='End' must be a list of strings"),
+        ("stop_token_ids [2.5]", "sampling.stop_token_ids='.2.5.' must be a list of"),
+        ("logit_bias 5", "sampling.logit_bias='5' must be numbers by id, such as"),
+        ("early_stopping maybe", "sampling.early_stopping='maybe' must be"),
         ("stop_strings [7]", "sampling.stop_strings='.7.' must be a list of strings"),
         ('stop_strings [""]', "sampling.stop_strings=.* must be free of empty"),
         ("temperature", "/set temperature lacks a value; /set alone shows all"),
