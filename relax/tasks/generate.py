@@ -1,5 +1,6 @@
 """Completes prompts: one streamed to the terminal, or many into a file."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from relax.generation.requests import Completion
 from relax.language_model import LanguageModel
 from relax.sampling import SamplingConfig
 from relax.tasks.files import check_output, read_texts, write_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,11 @@ def run(
         completions = model.generate(prompts, sampling, config.batch_size)
         for prompt, completion in _paired(prompts, completions, sampling):
             terminal.write(f"{prompt}{completion.text}\n{'-' * 40}\n")
+    if drafted := model.stats.drafted_tokens:
+        accepted = model.stats.accepted_tokens
+        logger.info(
+            "%.0f%% of %d guessed tokens right", 100 * accepted / drafted, drafted
+        )
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:

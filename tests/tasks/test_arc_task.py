@@ -453,3 +453,24 @@ def test_a_model_without_tokenizer_or_template_is_named(config, model):
     model.tokenizer = None
     with pytest.raises(ValueError, match="the checkpoint holds no tokenizer"):
         done(config, model)
+
+
+@pytest.fixture(scope="module")
+def real_model(make_model):
+    """It writes bytes at random, within a context of 101."""
+    return make_model(LanguageModel, context=101)
+
+
+def test_attempts_of_a_model_do_not_depend_on_what_else_is_run(config, real_model):
+    """All at once, and three of them first, so that all have other neighbours."""
+    sampling = {"max_new_tokens": 5, "temperature": 2.0, "seed": 3}
+    config = replace(config, batch_size=4)
+    done(config, real_model, **sampling)
+    whole = bytes_of(config)
+    other = replace(config, output_path=f"{config.output_path}2")
+    done(replace(other, ids=("c", "e")), real_model, **sampling)
+    _, rows, results, _ = done(other, real_model, **sampling)
+    assert bytes_of(other) == whole
+    drawn = {tuple(row["token_ids"]) for row in rows}
+    assert len(rows) == 16 and len(drawn) == 16
+    assert max(map(len, drawn)) == 5 and results["over_context"] == []
