@@ -186,19 +186,30 @@ class _Loop:
         return Made(choices, jnp.zeros(B, jnp.int32), remaining, none, none)
 
     def _step(self, carry: _Carry) -> _Carry:
-        """Runs each row's newest token and the guesses after it, and keeps those."""
-        cache, text, made = carry
-        alive = made.remaining > 0
+        """Gives each row that is alive its next token, and those guessed right."""
+        text, remaining = carry.text, carry.made.remaining
         last = jnp.maximum(text.lengths - 1, 0)[:, None]
-        tokens = jnp.take_along_axis(text.text, last, axis=1)
-        guessed = jnp.zeros_like(made.counts)
-        if self._drafts:
-            drafts, known = draft_tokens(text.text, text.lengths, self._drafts)
-            tokens = jnp.concatenate([tokens, drafts], axis=1)
-            guessed = jnp.clip(known, 0, jnp.maximum(made.remaining - 1, 0))
+        newest = jnp.take_along_axis(text.text, last, axis=1)
+        none = jnp.zeros_like(text.lengths)
+        if not self._drafts:
+            return self._advance(carry, newest, none)
+        drafts, known = draft_tokens(text.text, text.lengths, self._drafts)
+        guessed = jnp.clip(known, 0, jnp.maximum(remaining - 1, 0))
+        # More tokens in a pass take longer: only where there is something to gain.
+        return jax.lax.cond(
+            jnp.any(guessed > 0),
+            lambda: self._advance(
+                carry, jnp.concatenate([newest, drafts], axis=1), guessed
+            ),
+            lambda: self._advance(carry, newest, none),
+        )
+
+    def _advance(self, carry: _Carry, tokens, guessed) -> _Carry:
+        """Runs each row's newest token and `guessed` ones after it; keeps the right."""
+        cache, text, made = carry
+        alive, before = made.remaining > 0, made.counts
         out = self._apply(tokens, cache=cache, lengths=jnp.where(alive, 1 + guessed, 0))
         logits = compute_logits(out.hidden, out.unembedding, self._config.vocab_size)
-        before = made.counts
 
         def keep(index, carry):
             text, made, going = carry
@@ -207,10 +218,10 @@ class _Loop:
             going &= (made.remaining > 0) & (index < guessed) & (chosen == guess)
             return text, made, going
 
-        carry = keep(0, (text, made, alive))
-        if self._drafts:
-            carry = jax.lax.fori_loop(1, self._drafts + 1, keep, carry)
-        text, made, _ = carry
+        kept = keep(0, (text, made, alive))
+        if tokens.shape[1] > 1:
+            kept = jax.lax.fori_loop(1, tokens.shape[1], keep, kept)
+        text, made, _ = kept
         right = made.counts - before - alive
         made = made._replace(
             drafted=made.drafted + jnp.sum(guessed),

@@ -81,8 +81,8 @@ class Run:
         while waiting or any(owner is not None for owner in self._owner):
             self._admit(waiting)
             self._slots.fill(params)
-            # To wait for a second row to end costs less than another look by the host.
-            patience = max(1, self._slots.rows // 8) if waiting else self._slots.rows
+            # To leave a few rows idle for a while costs less than to fill each alone.
+            patience = max(1, self._slots.rows // 4) if waiting else self._slots.rows
             made = self._decode(params, limit or self._limit(), patience)
             limit = None
             yield self._collect(made)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from relax.generation.decode import Steps
 from relax.model.cache import Cache, grown
@@ -21,7 +22,7 @@ class _Pieces(NamedTuple):
 
 # On two CPU cores pieces of 512 are a sixth slower than of 128, which stay in its
 # caches; few rows at a time leave few empty places among the last ones.
-PIECES = {"cpu": _Pieces((32, 128), 256)}
+PIECES = {"cpu": _Pieces((32, 128), 128)}
 PIECES_ELSEWHERE = _Pieces((64, 512), 4096)
 # A shorter prefix is not worth a copy, unless nothing else is to be run.
 MIN_SHARED = 16
@@ -59,6 +60,7 @@ class Slots:
             self._cache = self._steps.new_cache(self.rows, self.capacity)
             self.held[:] = 0
         leaves = jax.tree.leaves(params)
+        self._cache = _on_mesh_of(self._cache, leaves)
         if not _same_arrays(self._leaves, leaves):
             self.held[:] = 0
             self._leaves = [weakref.ref(leaf) for leaf in leaves]
@@ -195,6 +197,18 @@ def _common_lengths(text: np.ndarray, held: np.ndarray, ids: np.ndarray) -> np.n
     """Returns how many ids each row begins with as `ids` does `[B]`."""
     alike = text[:, : len(ids)] == ids
     return np.minimum(np.cumprod(alike, axis=1).sum(axis=1), held)
+
+
+def _on_mesh_of(cache: Cache, leaves: list) -> Cache:
+    """Returns the cache as a step with these parameters gives it back.
+
+    A mesh of one device is part of an array's type: without it each step would be
+    compiled once for the new cache and again for its own.
+    """
+    sharding = getattr(leaves[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size > 1:
+        return cache
+    return jax.device_put(cache, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _same_arrays(known: list[weakref.ref], leaves: list) -> bool:

@@ -3,8 +3,10 @@
 import random
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from relax.generation import slots as slots_module
 from relax.generation.decode import _Loop
@@ -12,6 +14,7 @@ from relax.generation.generator import Generator
 from relax.generation.requests import Completion, Request
 from relax.model.llama import make_llama
 from relax.sampling import SamplingConfig
+from relax.sharding import MeshConfig, make_mesh
 
 RNG = np.random.default_rng(1)
 SYSTEM = RNG.integers(0, 66, 37).tolist()
@@ -246,9 +249,11 @@ def test_what_beams_do_not_take_is_an_error(model, name, value):
 def test_a_hundred_ragged_prompts_compile_at_most_six_programs(
     make_config, make_params, tokenizer
 ):
+    """On a mesh, as `relax.load` has it, which is part of what JAX compiles for."""
     config = make_config(max_position_embeddings=601, num_hidden_layers=1)
     generator = Generator(make_llama(config).apply, config, tokenizer, (66,))
-    params = make_params(config)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+    params = jax.device_put(make_params(config), NamedSharding(mesh, PartitionSpec()))
     lengths = np.random.default_rng(2).integers(1, 501, 100)
     lengths[:2] = 1, 500
     some = [
