@@ -8,17 +8,19 @@ from relax import training
 from relax.cli import exit_on_error
 from relax.config import to_values
 
+KEPT = "checkpoints are kept"
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config) -> None:
     """Starts a run, or goes on with one where `resume` names it."""
     if config.resume is None:
-        exit_on_error(lambda: training.start(to_values(config)))
+        exit_on_error(lambda: training.start(to_values(config)), KEPT)
         return
     given = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
     changes = {change.get_key_element(): change.value() for change in given}
     changes.pop("resume", None)
-    exit_on_error(lambda: training.resume(config.resume, changes))
+    exit_on_error(lambda: training.resume(config.resume, changes), KEPT)
 
 
 if __name__ == "__main__":

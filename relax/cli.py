@@ -9,13 +9,14 @@ from relax.trainers.loop import Stopped
 logger = logging.getLogger("relax")
 
 
-def exit_on_error(function: Callable[[], None]) -> None:
+def exit_on_error(function: Callable[[], None], kept: str = "") -> None:
     """Runs `function`; ends the process with a code where it can't go on.
 
     A ValueError, an OSError or a missing package is the user's to mend: its message is
     logged in one line (hydra.verbose=relax shows where it came from) and the code is 1.
     A run that a signal stopped, its state saved, ends with 128 plus the signal's
-    number. Any other exception is ours, and is raised.
+    number. `kept`: what an interrupt leaves as it was, in words. Any other exception is
+    ours, and is raised.
     """
     try:
         function()
@@ -27,5 +28,5 @@ def exit_on_error(function: Callable[[], None]) -> None:
         logger.debug("raised here:", exc_info=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        logger.warning("interrupted; checkpoints are kept")
+        logger.warning("%s", "; ".join(filter(None, ("interrupted", kept))))
         sys.exit(130)

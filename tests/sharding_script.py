@@ -15,6 +15,7 @@ from relax.build import abstract_train_state, init_train_state
 from relax.checkpoints.native import RunCheckpoints
 from relax.generation.generator import Generator
 from relax.generation.requests import Request
+from relax.language_model import LanguageModel
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
 from relax.optim import OptimizerConfig, make_optimizer
@@ -37,6 +38,8 @@ MESHES = {
     "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 STEPS, ROWS, CONTEXT = 10, 16, 13
+# Lengths of prompts; 20 tokens more come before the fifth.
+RAGGED = (1, 31, 5, 17, 3, 44)
 # Muon in two micro-batches, so that these too are dealt out to the devices.
 ACCUMULATION = {"adamw": 1, "muon": 2}
 
@@ -90,13 +93,29 @@ def completions(config: LlamaConfig, mesh, params) -> list[list[int]]:
     constrain = make_constrain(mesh)
     apply = make_llama(config, constrain).apply
     tokenizer = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
-    generator = Generator(
-        apply, config, tokenizer, (), batch_multiple(mesh), constrain
-    )
+    generator = Generator(apply, config, tokenizer, (), batch_multiple(mesh), constrain)
     prompts = ((5, 7, 11, 13), (3,), (2, 17, 19, 23, 29))
     requests = [Request(prompt, row, 0) for row, prompt in enumerate(prompts)]
     made = generator.run(params, requests, SamplingConfig(max_new_tokens=7))
     return [completion.token_ids for completion in made]
+
+
+def ragged_completions(config: LlamaConfig, mesh, params) -> dict:
+    """Returns tokens of six ragged prompts, of which two share a prefix of 20.
+
+    Drawn and searched, four rows at a time; shared: tokens that were not run again.
+    """
+    model = LanguageModel(config, params, None, mesh)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(config.vocab_size, size=n).tolist() for n in RAGGED]
+    prompts[4] = prompts[1][:20] + prompts[4]
+    drawn = model.generate(prompts, SamplingConfig(max_new_tokens=7), batch_size=4)
+    found = {"drawn": [completion.token_ids for completion in drawn]}
+    found["shared"] = model.stats.shared_tokens
+    beams = SamplingConfig(max_new_tokens=5, temperature=0.0, num_beams=2)
+    searched = model.generate(prompts, beams, batch_size=4)
+    found["searched"] = [completion.token_ids for completion in searched]
+    return found
 
 
 def shard_shapes(tree) -> dict[str, list]:
@@ -130,7 +149,7 @@ def moved_checkpoint(config: LlamaConfig, state, folder: Path) -> dict[str, bool
 
 
 def main(config: LlamaConfig, folder: Path) -> dict:
-    found = {"losses": {}, "completions": {}, "shards": {}}
+    found = {"losses": {}, "completions": {}, "ragged": {}, "shards": {}}
     for name, mesh_config in MESHES.items():
         mesh = make_mesh(mesh_config)
         for kind in ACCUMULATION:
@@ -138,6 +157,8 @@ def main(config: LlamaConfig, folder: Path) -> dict:
             found["losses"][f"{kind} {name}"] = losses
             found["shards"][f"{kind} {name}"] = shard_shapes(state)
         found["completions"][name] = completions(config, mesh, state.params)
+        if name in ("single", "mixed"):
+            found["ragged"][name] = ragged_completions(config, mesh, state.params)
     found["moved"] = moved_checkpoint(config, state, folder)
     placed = shard_batch(make_mesh(MESHES["mixed"]), batches(config.vocab_size), 1)
     found["batch"] = shard_shapes(placed)

@@ -5,13 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import jax
 import pytest
+import yaml
+
+from relax.config import to_dataclass
+from relax.language_model import LanguageModel
+from relax.model.parameters import parameter_shapes
+from relax.sampling import SamplingConfig
+from relax.sharding import MeshConfig, make_mesh
+from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 # What a program says of its progress before it meets the mistake.
-PROGRESS = ("data: ", "attention implementation: ", "read ")
+PROGRESS = ("data: ", "attention implementation: ", "read ", "checkpoint: ")
 
 
 def fails(program: str, *arguments: str) -> list[str]:
@@ -195,3 +205,235 @@ def test_a_dtype_that_there_is_not(tmp_path):
 )
 def test_a_task_that_lacks_what_it_needs(arguments, expected):
     assert fails("infer.py", *arguments)[0].startswith(expected)
+
+
+# Many mistakes in one process, since most of what one takes is to start.
+ALL_IN_ONE = """
+import contextlib, io, json, runpy, sys
+out, stdout = io.StringIO(), sys.stdout
+sys.stdout = out
+from relax import inference
+from relax.generation.beam import BeamSearch
+from relax.generation.run import Run
+
+def never(name):
+    def called(*arguments):
+        raise AssertionError(f"{name}: too late for an error")
+    return called
+
+Run.dispatches = BeamSearch.__call__ = never("the model ran")
+load, shown = inference.load, []
+for loads, arguments in json.load(sys.stdin):
+    inference.load = load if loads else never("the model was loaded")
+    sys.argv = ["infer.py", *arguments]
+    code = None
+    out.seek(0), out.truncate()
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path("infer.py", run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code
+    shown.append((code, out.getvalue(), err.getvalue()))
+stdout.write(json.dumps(shown))
+"""
+LOADS = True
+# Of 101 tokens, the context of the model, 1 is to be made; "{}" is a folder with it.
+LONG = "a" * 101
+PROMPTS = ("task=batch", "input_path={}/prompts.jsonl")
+WRITTEN = "output_path={}/out.jsonl"
+# Name: whether a model is needed to see it, the arguments, the line.
+MISTAKES = {
+    "an empty prompt": (
+        *(not LOADS, ["prompt="]),
+        r"task\.prompt='' holds no prompt, or an empty one; give at least one .*",
+    ),
+    "an empty line of prompts": (
+        *(not LOADS, ["prompts_file={}/empty.jsonl"]),
+        r"task\.prompts_file='.*/empty\.jsonl' holds no prompt, or an empty one; .*",
+    ),
+    "a prompt over the context": (
+        *(LOADS, [f"prompt={LONG}"]),
+        r"prompt 0 has 101 tokens; give 1 to 100 "
+        r"\(model\.max_position_embeddings=101\)",
+    ),
+    "a prompt over the context for beams": (
+        *(LOADS, [f"prompt={LONG}", "sampling=beam", WRITTEN]),
+        r"prompt 0 has 101 tokens; give 1 to 100 .*",
+    ),
+    "a line over the context": (
+        *(LOADS, ["task=batch", "input_path={}/long.jsonl", WRITTEN]),
+        r"input_path=.*/long\.jsonl, line 2: its prompt has 101 tokens; give 1 to 100 "
+        r"\(model\.max_position_embeddings=101\); mend them, or .*",
+    ),
+    "no new tokens": (
+        *(not LOADS, ["sampling.max_new_tokens=0"]),
+        r"sampling\.max_new_tokens=0 must be at least 1",
+    ),
+    "beams that are sampled": (
+        *(not LOADS, ["sampling.num_beams=4"]),
+        r"sampling\.num_beams=4 with sampling\.temperature=1\.0: beams are searched, "
+        r"not sampled; set sampling=greedy or sampling\.temperature=0",
+    ),
+    "more sequences than beams": (
+        *(not LOADS, ["sampling=beam", "sampling.num_return_sequences=5"]),
+        r"sampling\.num_return_sequences=5 must be at most sampling\.num_beams=4, .*",
+    ),
+    "beams with stop strings": (
+        *(LOADS, ["sampling=beam", "sampling.stop_strings=[x]", WRITTEN]),
+        r"sampling\.stop_strings=.*'x'.* does not go with beams; set .*num_beams=1.*",
+    ),
+    "an id that the model lacks": (
+        *(LOADS, ["sampling.stop_token_ids=[257]", WRITTEN]),
+        r"sampling\.stop_token_ids has the id 257; .* give ids from 0 to 256",
+    ),
+    "a misspelt field of sampling": (
+        *(not LOADS, ["+sampling.top_pp=0.9"]),
+        r"sampling\.top_pp is no key of the config; did you mean top_p\?",
+    ),
+    "a batch without an input": (
+        *(not LOADS, ["task=batch", WRITTEN]),
+        r"input_path=null: task=batch needs a file, input_path=prompts\.jsonl",
+    ),
+    "a batch without an output": (
+        *(not LOADS, [*PROMPTS]),
+        r"output_path=null: task=batch needs a file, output_path=out\.jsonl",
+    ),
+    "a batch of a file that is not there": (
+        *(not LOADS, ["task=batch", "input_path={}/none.jsonl", WRITTEN]),
+        r"input_path=.*/none\.jsonl does not exist",
+    ),
+    "a batch written over its input": (
+        *(not LOADS, [*PROMPTS, "output_path={}/prompts.jsonl"]),
+        r"input_path=.* and output_path=.*: .*/prompts\.jsonl would be written over; "
+        r"give another output_path",
+    ),
+    "a malformed line": (
+        *(not LOADS, ["task=batch", "input_path={}/malformed.jsonl", WRITTEN]),
+        r"input_path=.*/malformed\.jsonl, line 3: not JSON: .*; mend them, or "
+        r"task\.on_error=skip leaves them out",
+    ),
+    "tasks of ARC without a path": (
+        *(not LOADS, ["task=arc", "output_path={}/arc"]),
+        r"task\.path: .*[Mm]issing.*",
+    ),
+    "tasks of ARC without an output": (
+        *(not LOADS, ["task=arc", "task.path={}"]),
+        r"output_path=null: name a folder.*",
+    ),
+    "layers scanned perhaps": (
+        *(not LOADS, ["scan_layers=maybe"]),
+        r"scan_layers='maybe' must be true or false",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def places(make_config, tmp_path_factory) -> Path:
+    """A folder with a model of bytes and files of prompts."""
+    folder = tmp_path_factory.mktemp("places")
+    config = make_config(vocab_size=257)
+    params = jax.tree.map(
+        lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), parameter_shapes(config)
+    )
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+    LanguageModel(config, params, tokenizer, mesh).save(folder / "model")
+    good, long = json.dumps({"prompt": "a"}), json.dumps({"prompt": LONG})
+    for name, lines in {
+        "prompts": [good],
+        "empty": [good, '{"prompt": ""}'],
+        "malformed": [good, "", '{"prompt": "a"'],
+        "long": [good, long],
+    }.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mistakes(places) -> dict[str, tuple[int | None, str, str]]:
+    """By name of a mistake: the exit code, and what was on stdout and stderr."""
+    fixed = [f"checkpoint={places / 'model'}@last", "runtime.cache_dir=''"]
+    cases = [
+        (loads, [argument.replace("{}", str(places)) for argument in arguments] + fixed)
+        for loads, arguments, _ in MISTAKES.values()
+    ]
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", ALL_IN_ONE],
+        cwd=REPOSITORY,
+        env={**bare, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return dict(zip(MISTAKES, json.loads(ran.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_before_the_model_runs(name, mistakes):
+    code, out, err = mistakes[name]
+    lines = [line for line in err.splitlines() if line]
+    lines = [line for line in lines if not line.startswith(PROGRESS)]
+    assert (code, out, len(lines)) == (1, "", 1), err
+    assert re.fullmatch(MISTAKES[name][2], lines[0]), lines[0]
+
+
+def test_mistakes_leave_no_file(mistakes, places):
+    assert len(mistakes) == len(MISTAKES)
+    assert sorted(path.name for path in places.iterdir()) == [
+        *("empty.jsonl", "long.jsonl", "malformed.jsonl", "model", "prompts.jsonl"),
+    ]
+
+
+# By field: values just out of its range, or of no meaning.
+INF, NAN = float("inf"), float("nan")
+OUT_OF_RANGE = {
+    "max_new_tokens": [0, -1],
+    "temperature": [-0.1, INF, NAN],
+    "top_k": [-1],
+    "top_p": [-0.1, 1.1, NAN],
+    "min_p": [-0.1, 1.1, NAN],
+    "typical_p": [0.0, 1.1, NAN],
+    "repetition_penalty": [0.0, -1.0, INF, NAN],
+    "presence_penalty": [INF, -INF, NAN],
+    "frequency_penalty": [INF, -INF, NAN],
+    "no_repeat_ngram_size": [-1],
+    "min_new_tokens": [-1, 257],
+    "logit_bias": [{-1: 1.0}, {5: INF}, {5: NAN}],
+    "num_return_sequences": [0, -1],
+    "num_top_logprobs": [-1],
+    "stop_strings": [["a", ""]],
+    "stop_token_ids": [[5, -1]],
+    "constraint": ["", "words", "choices", ":", "module:", ":function"],
+    "choices": [["a"], [""]],
+    "num_beams": [0, -1, 2],
+    "length_penalty": [INF, -INF, NAN],
+    "early_stopping": ["", "sometimes"],
+    "speculate": [-1],
+    "seed": [-1, 2**32],
+    "tokens_per_dispatch": [0, -1],
+}
+
+
+def test_every_field_that_has_a_range_is_here():
+    names = {field.name for field in fields(SamplingConfig)}
+    assert set(OUT_OF_RANGE) == names - {"ignore_eos"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in OUT_OF_RANGE.items() for value in values],
+    ids=str,
+)
+def test_a_value_out_of_its_range_is_named(name, value):
+    """Through the boundary that every composed config passes."""
+    path = REPOSITORY / "conf" / "sampling" / "default.yaml"
+    values = yaml.safe_load(path.read_text())
+    to_dataclass(SamplingConfig, values, "sampling")
+    with pytest.raises(ValueError) as raised:
+        to_dataclass(SamplingConfig, {**values, name: value}, "sampling")
+    (line,) = str(raised.value).splitlines()
+    # Of two that don't go together, either may come first.
+    assert re.search(rf"\bsampling\.{name}=", line)
+    assert re.search(r" must (be|map) | does not go with .*; set |; set sampling", line)

@@ -420,7 +420,7 @@ def test_the_runs_of_a_sweep_do_not_collide(work, tmp_path):
 
 def test_an_interrupt_before_training_leaves_no_folder(work, tmp_path):
     driver = """
-training.init_train_state = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+training.init_train_state = lambda *_: signal.raise_signal(signal.SIGINT)
 """
     overrides = (*SMOKE, f"run_folder={tmp_path}/run")
     done = work.train(*overrides, driver=driver, code=130)

@@ -223,6 +223,17 @@ def test_sampling_gives_the_same_tokens_on_every_mesh(mesh, eight_devices):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["drawn", "searched"])
+def test_ragged_prompts_give_the_same_tokens_on_a_mesh(kind, eight_devices):
+    """Also where a prefix is copied from row to row, and rows follow one another."""
+    alone, mixed = (eight_devices["ragged"][mesh] for mesh in ("single", "mixed"))
+    assert alone["shared"] == mixed["shared"] == 20
+    length = {"drawn": 7, "searched": 5}[kind]
+    assert [len(tokens) for tokens in alone[kind]] == [length] * 6
+    assert mixed[kind] == alone[kind]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_is_restored_on_every_other(eight_devices):
     assert eight_devices["moved"] == dict.fromkeys(MESHES, True)
 

@@ -6,6 +6,7 @@ near-tie. Prints ratios, the median round and the extremes, beside the bars of
 generate.yaml: the figures of one run compare, those of two runs need not.
 """
 
+import os
 import sys
 from functools import partial
 
@@ -42,6 +43,11 @@ def main(overrides: list[str]) -> None:
         raise ValueError(f"cases={unknown} are unknown; choose of {', '.join(CASES)}")
     use_cores(config["threads"])
     configure(to_dataclass(RuntimeConfig, config["runtime"], "runtime"))
+    # PyTorch's threads wait for one another at every operation: on a busy machine they
+    # lose far more than their share, and transformers looks worse than it is.
+    print(
+        f"load average {os.getloadavg()[0]:.1f} before the start: near 0 is a fair run"
+    )
     bench = Bench(config)
     for name in config["cases"]:
         print(f"\n{name}", flush=True)

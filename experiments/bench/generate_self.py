@@ -1,6 +1,7 @@
 """The cases of the generation benchmark that compare the engine with itself."""
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -96,6 +97,8 @@ def continuous(bench: Bench, case: Mapping[str, Any], *, small: bool = False) ->
         f"{describe(prompts)} tokens, {sum(limits):,} new: {min(limits)} to "
         f"{max(limits)}, mean {np.mean(limits):.1f}; {slots} slots"
     )
+    least, waiting = decode_steps(limits, slots)
+    print(f"steps: {least:,} and {waiting:,}, {waiting / least:.2f} times as many")
     # Compiles every shape: the first fill, refills, and a last batch of fewer rows.
     few = prompts[: 2 * slots + count % slots]
     for side in sides.values():
@@ -105,6 +108,15 @@ def continuous(bench: Bench, case: Mapping[str, Any], *, small: bool = False) ->
     check_same(model, prompts, *rows.values())
     show_speeds(seconds, sum(limits))
     show_ratio("refilled slots / batches", *seconds.values(), case["bar"])
+
+
+def decode_steps(limits: Sequence[int], slots: int) -> tuple[int, int]:
+    """Returns the decode steps of rows in slots: refilled at once, and in batches."""
+    ends = [0] * slots
+    for limit in limits:
+        heapq.heappush(ends, heapq.heappop(ends) + limit)
+    batches = [limits[at : at + slots] for at in range(0, len(limits), slots)]
+    return max(ends), sum(map(max, batches))
 
 
 def prefix(bench: Bench, case: Mapping[str, Any]) -> None:

@@ -64,6 +64,8 @@ class Slots:
         if not _same_arrays(self._leaves, leaves):
             self.held[:] = 0
             self._leaves = [weakref.ref(leaf) for leaf in leaves]
+        for row, fill in self._fills.items():  # broken off
+            self.held[row] = min(self.held[row], fill.done)
         self._fills.clear()
 
     def surviving(self, row: int) -> int:
@@ -109,13 +111,15 @@ class Slots:
         row = min(idle, key=lambda row: (-own[row], self.held[row]))
         source, done = int(np.argmax(others)), int(own[row])
         shared = max(int(others[source]), done)
+        # What is broken off leaves in `held` what is there.
+        self.held[row] = done
         if done < shared and source not in self._fills:
             # At once: the next prompt may be put into the source.
             self._copy(source, row, shared)
             done = shared
         self.text[row, : len(ids)] = ids
-        self.held[row] = target
         self._fills[row] = _Fill(done, target, source, shared)
+        self.held[row] = target
         return row, shared
 
     def fill(self, params: Params) -> None:
@@ -162,9 +166,11 @@ class Slots:
             count = min(size, fill.target - fill.done)
             rows[place], starts[place], lengths[place] = row, fill.done, count
             tokens[place, :count] = self.text[row, fill.done : fill.done + count]
-            self._fills[row] = fill._replace(done=fill.done + count)
         args = (tokens, rows.astype(np.int32), starts, lengths)
         self.put_cache(self._steps.prefill(params, self.take_cache(), *args))
+        for place, row in zip(places, chosen, strict=False):
+            fill = self._fills[row]
+            self._fills[row] = fill._replace(done=fill.done + int(lengths[place]))
 
     def _group(self, size: int) -> int:
         """Returns how many rows are run together in pieces of a size."""

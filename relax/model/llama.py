@@ -148,7 +148,8 @@ class Llama(hk.Module):
         def block(carry, layer: LayerInputs):
             return Block(self.config, name="block")(carry, layer, context)
 
-        if self.config.remat != "none":
+        # What goes into a cache has no gradient, so nothing would be recomputed.
+        if self.config.remat != "none" and carry[1] is None:
             block = hk.remat(block, policy=_POLICIES[self.config.remat])
         if self.config.scan_layers:
             stack = hk.layer_stack(

@@ -29,8 +29,8 @@ def cached_attention(
     walked in blocks of `block`, from the first that a query sees to the last, with a
     running maximum and sum (Milakov and Gimelshein 2018,
     https://arxiv.org/abs/1805.02867, algorithm 3). Blocks in which a row sees nothing
-    leave it bit for bit as it is: neither the capacity nor longer neighbours change a
-    row. `mask.query_slots` is given; there is no gradient.
+    leave it bit for bit as it is: neither longer neighbours nor a capacity above one
+    block change a row. `mask.query_slots` is given; there is no gradient.
     """
     B, T, N, H = q.shape
     block = min(block, capacity)

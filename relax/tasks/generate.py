@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -60,8 +61,10 @@ def run(
         completions = model.generate(prompts, sampling, config.batch_size)
         write_rows(config.output_path, _rows(prompts, completions, sampling))
     elif len(prompts) == 1 and sampling.num_return_sequences == 1:
-        terminal.write(prompts[0])
-        for piece in model.stream(prompts[0], sampling):
+        pieces = model.stream(prompts[0], sampling)
+        # A prompt that can't be completed is an error before it is shown.
+        shown = prompts[0] + next(pieces, "")
+        for piece in chain([shown], pieces):
             terminal.write(piece)
             terminal.flush()
         terminal.write("\n")

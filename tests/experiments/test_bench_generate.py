@@ -170,6 +170,13 @@ def test_refilled_slots_give_what_batches_give(run, case):
     assert "compiled while timed" not in printed
 
 
+def test_steps_of_refilled_slots_and_of_batches():
+    """Two slots: 5 and 1 beside 2, 3 and 1; batches wait for 5, 3 and 1."""
+    from generate_self import decode_steps
+
+    assert decode_steps([5, 2, 3, 1, 1], 2) == (6, 5 + 3 + 1)
+
+
 def test_a_shared_prefix_is_counted(run):
     printed = run("prefix")
     assert "same tokens: 5 of 5 rows" in printed

@@ -233,7 +233,7 @@ def test_a_text_that_cannot_go_on_changes_nothing(chat, ids, message):
 
 
 def test_a_reply_takes_no_beams(chat):
-    with pytest.raises(ValueError, match=r"sampling.num_beams=2: .* num_beams=1"):
+    with pytest.raises(ValueError, match=r"num_beams=2: .* set sampling.num_beams=1"):
         chat.session.reply(chat.params, [1], replace(GREEDY, num_beams=2))
 
 

@@ -410,9 +410,8 @@ def test_the_same_parameters_keep_what_was_run(make_slots):
     [
         {"weight": jnp.arange(5.0)},
         {**PARAMS, "more": PARAMS["weight"]},
-        {},
     ],
-    ids=["equal", "more", "none"],
+    ids=["equal", "more"],
 )
 def test_other_parameters_find_nothing(make_slots, other):
     slots = make_slots()

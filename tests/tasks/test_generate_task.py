@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from relax.generation.requests import Completion
+from relax.generation.requests import Completion, GenerationStats
 from relax.sampling import SamplingConfig
 from relax.tasks.generate import GenerateConfig, check, read_prompts, run
 
@@ -15,6 +15,7 @@ class Echo:
 
     def __init__(self):
         self.calls = []
+        self.stats = GenerationStats()
 
     def generate(self, prompts, sampling, batch_size):
         self.calls.append((list(prompts), batch_size))
