@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ from relax.text.tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-STREAM_CHUNK = 8
-SHARD_BYTES = 5 * 10**9
+STREAM_CHUNK, SHARD_BYTES = 8, 5 * 10**9
 TOKENIZER_FOLDER = "tokenizer"
 
 
@@ -170,7 +169,7 @@ class LanguageModel:
         return self._capture_step(self.params, tuple(sites), tokens, inputs)
 
     def score(self, texts: Sequence[Prompt], batch_size: int = 16) -> list[Score]:
-        """Returns token ids and their logprobs for each text (or list of ids).
+        """Returns token ids and their logprobs for each text, or list of ids.
 
         Raises ValueError for an empty text, one over the context, and unknown ids.
         """
@@ -200,8 +199,8 @@ class LanguageModel:
             for sample in range(sampling.num_return_sequences)
         ]
         batch_size = min(batch_size, len(requests))
-        completions = dict(self.complete(requests, sampling, batch_size))
-        return [completions[index] for index in range(len(requests))]
+        made = dict(self.complete(requests, sampling, batch_size))
+        return [made[index] for index in range(len(requests))]
 
     def complete(
         self,
@@ -214,9 +213,9 @@ class LanguageModel:
     ) -> Iterator[tuple[int, Completion]]:
         """Yields the place of a request and its completion as soon as it is complete.
 
-        A row that ends makes room for the next request; what prompts share is run once
-        (unless `share_prefixes` is False). Neither changes a completion. capacity:
-        tokens of a row, None: as many as are needed. Raises ValueError as `generate`.
+        `batch_size` rows are run, also for fewer requests; one that ends makes room for
+        the next. What prompts share is run once, unless `share_prefixes` is False.
+        capacity: tokens of a row, None: as many as are needed. Raises as `generate`.
         """
         completions = [Completion() for _ in requests]
         for ended in self._generator.run_in_chunks(
@@ -229,6 +228,10 @@ class LanguageModel:
             share_prefixes=share_prefixes,
         ):
             yield from ((index, completions[index]) for index in ended)
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raises ValueError for what this model can't do, before anything is run."""
+        self._generator.plan(1, sampling)
 
     @property
     def stats(self) -> GenerationStats:
@@ -243,14 +246,11 @@ class LanguageModel:
         The pieces joined are the text that `generate` gives for the same prompt.
         """
         sampling = sampling or SamplingConfig()
-        sampling = replace(
-            sampling,
-            tokens_per_dispatch=min(STREAM_CHUNK, sampling.tokens_per_dispatch),
-        )
         request = Request(tuple(self.encode(prompt)), 0, 0)
         completion, sent = Completion(), 0
         for _ in self._generator.run_in_chunks(
-            self.params, [request], sampling, [completion], first_limit=1
+            *(self.params, [request], sampling, [completion]),
+            **{"limit": STREAM_CHUNK, "first_limit": 1},
         ):
             if piece := completion.text[sent:]:
                 yield piece
@@ -368,6 +368,10 @@ class LanguageModel:
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise ValueError(f"{prompts[:40]!r} is one text; give a list of texts")
+        if any(isinstance(prompt, int | Mapping) for prompt in prompts):
+            raise ValueError(
+                "this is one prompt's ids or messages; give a list of them"
+            )
         return [self.encode(prompt) for prompt in prompts]
 
     def _score_batch(self, rows: list[list[int]]) -> list[Score]:

@@ -22,7 +22,7 @@ class SamplingConfig:
     the most likely token. repetition_penalty and no_repeat_ngram_size look at prompt
     and completion, presence and frequency at the completion alone. logit_bias: added to
     the logits of ids, given as a mapping and kept as sorted pairs; -inf bans an id.
-    Before min_new_tokens nothing that ends a row is chosen. stop_token_ids end a row as
+    Before min_new_tokens no id that ends a row is chosen. stop_token_ids end a row as
     the end of text does, past which ignore_eos goes on. stop_strings end a completion
     and are left out of its text. num_top_logprobs: how many of the most likely tokens
     are told with each. constraint: "digits", "choices" or "module:function", see
@@ -130,7 +130,7 @@ def _names_constraint(name: str | None) -> bool:
 
 
 def _is_bias(pairs) -> bool:
-    return all(token >= 0 and -math.inf <= bias < math.inf for token, bias in pairs)
+    return all(token >= 0 and -math.inf <= bias < 3e38 for token, bias in pairs)
 
 
 _MODES = ("true", "false", "never")
@@ -138,10 +138,10 @@ _MODES = ("true", "false", "never")
 _BOUNDS: tuple[tuple[str, Callable, str], ...] = (
     ("max_new_tokens num_return_sequences", lambda n: n >= 1, "at least 1"),
     ("num_beams tokens_per_dispatch", lambda n: n >= 1, "at least 1"),
-    ("min_new_tokens top_k", lambda n: n >= 0, "at least 0 (0 is off)"),
+    ("min_new_tokens top_k", lambda n: 0 <= n < 2**31, "in [0, 2^31) (0 is off)"),
     ("no_repeat_ngram_size speculate", lambda n: n >= 0, "at least 0 (0 is off)"),
     ("num_top_logprobs", lambda n: n >= 0, "at least 0 (0 is off)"),
-    ("temperature", lambda t: 0 <= t < math.inf, "in [0, inf), 0 is greedy"),
+    ("temperature", lambda t: 0 <= t < 3e38, "in [0, 3e38), 0 is greedy"),
     ("top_p", lambda p: 0 <= p <= 1, "in [0, 1] (1 is off)"),
     ("min_p", lambda p: 0 <= p <= 1, "in [0, 1] (0 is off)"),
     ("typical_p", lambda p: 0 < p <= 1, "in (0, 1] (1 is off)"),
@@ -149,7 +149,7 @@ _BOUNDS: tuple[tuple[str, Callable, str], ...] = (
     ("presence_penalty", math.isfinite, "a finite number (0 is off)"),
     ("frequency_penalty", math.isfinite, "a finite number (0 is off)"),
     ("length_penalty", math.isfinite, "a finite number (0 adds logprobs up)"),
-    ("logit_bias", _is_bias, "of ids from 0 on and of numbers, finite or -inf"),
+    ("logit_bias", _is_bias, "of ids from 0 on and of numbers below 3e38, -inf too"),
     ("stop_token_ids", lambda ids: all(i >= 0 for i in ids), "ids from 0 on"),
     ("stop_strings choices", all, "free of empty strings"),
     ("constraint", _names_constraint, "digits, choices, module:function or null"),
@@ -337,9 +337,8 @@ def process_logits(
     if filters.min_new_tokens:
         too_short = state.lengths - state.prompt_lengths < params.min_new_tokens
         shaped = ops.ban_stop_ids(shaped, stop_ids, too_short)
-    if filters.constraint is None:
-        return shaped
-    allowed = filters.constraint(state)
+    constraint = filters.constraint
+    allowed = jnp.ones(logits.shape, bool) if constraint is None else constraint(state)
     return ops.keep_allowed(shaped, allowed, known, stop_ids)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from relax.generation.requests import Request, allowed_tokens
+from relax.generation.requests import Request, allowed_tokens, bias_of
 from relax.model.cache import empty_cache
 from relax.model.config import LlamaConfig
 from relax.ops.logprobs import compute_logits
@@ -63,6 +63,7 @@ class Rules(NamedTuple):
     norms: what divides the score of a length. limits: the most new tokens a prompt may
     get. until_full: a search ends with its n-th finished hypothesis. optimistic: what
     still runs is compared with what has finished as though it got to its limit.
+    ignore_eos: a stop id is a token like others.
     """
 
     norms: Float[Array, "N+1"]
@@ -70,6 +71,7 @@ class Rules(NamedTuple):
     stop_ids: Int[Array, "stops"]
     until_full: Bool[Array, ""]
     optimistic: Bool[Array, ""]
+    ignore_eos: Bool[Array, ""]
 
 
 class Search(NamedTuple):
@@ -98,6 +100,7 @@ def make_rules(
         stop_ids=np.asarray(stop_ids, np.int32),
         until_full=np.asarray(mode == "true"),
         optimistic=np.asarray(mode == "never" and penalty > 0),
+        ignore_eos=np.asarray(sampling.ignore_eos),
     )
 
 
@@ -165,7 +168,7 @@ def _candidates(search: Search, processed, logprobs, rules: Rules):
         logprobs=beams.logprobs.at[:, :, search.made].set(chosen),
         lengths=beams.lengths + 1,
         scores=scores,
-        stopped=jnp.isin(ids, rules.stop_ids),
+        stopped=jnp.isin(ids, rules.stop_ids) & ~rules.ignore_eos,
     )
     return candidates, parents
 
@@ -239,16 +242,14 @@ class BeamSearch:
         """Returns the best `sampling.num_return_sequences` beams of each request.
 
         Best first, and fewer where a constraint leaves fewer completions. What a prompt
-        gets is what it gets alone. Any of `stop_ids` and of the sampling's own ends a
-        beam, unless `sampling.ignore_eos`. Prompts must have been checked.
+        gets is what it gets alone. Any of `stop_ids` ends a beam, unless
+        `sampling.ignore_eos`. Prompts must have been checked.
         """
         if not requests:
             return []
         n, limit = sampling.num_beams, self._config.max_position_embeddings
         lengths = np.asarray([len(request.prompt) for request in requests], np.int32)
         limits = [allowed_tokens(r, sampling, self._config) for r in requests]
-        ends = dict.fromkeys((*stop_ids, *sampling.stop_token_ids))
-        ends = () if sampling.ignore_eos else tuple(ends)
         row_params, filters = sampling_params(
             [sampling] * (len(requests) * n), constraint
         )
@@ -257,8 +258,8 @@ class BeamSearch:
             _pad([request.prompt for request in requests], bucket(max(lengths), limit)),
             lengths,
             row_params,
-            _bias(sampling, self._config.padded_vocab_size),
-            make_rules(sampling, limits, ends, bucket(max(limits), limit)),
+            bias_of(sampling, self._config.padded_vocab_size),
+            make_rules(sampling, limits, stop_ids, bucket(max(limits), limit)),
             num_beams=n,
             capacity=bucket(max(lengths + limits), limit),
             filters=filters,
@@ -341,16 +342,6 @@ def _beams(finished: Beams, count: int) -> list[Beam]:
             reason = "stop" if stopped else "length"
             found.append(Beam(ids, float(score), reason, logprobs))
     return found[:count]
-
-
-def _bias(sampling: SamplingConfig, num_columns: int) -> np.ndarray | None:
-    """Returns what is added to each id's logit `[V]`; None for nothing."""
-    if not sampling.logit_bias:
-        return None
-    bias = np.zeros(num_columns, np.float32)
-    for token, value in sampling.logit_bias:
-        bias[token] += value
-    return bias
 
 
 def bucket(length: int, limit: int) -> int:

@@ -135,7 +135,13 @@ def _imported(
         raise ValueError(
             f"sampling.constraint={name}: {module_name} has no function {function_name}"
         )
-    constraint = function(tokenizer, stop_ids, num_columns)
+    try:
+        constraint = function(tokenizer, stop_ids, num_columns)
+    except Exception as error:
+        raise ValueError(
+            f"sampling.constraint={name} failed, called with the tokenizer, the stop "
+            f"ids and {num_columns}: {type(error).__name__}: {error}"
+        ) from error
     if not callable(constraint):
         raise ValueError(
             f"sampling.constraint={name} gave {constraint!r}; it must return a "

@@ -187,22 +187,38 @@ class _Loop:
 
     def _step(self, carry: _Carry) -> _Carry:
         """Gives each row that is alive its next token, and those guessed right."""
-        text, remaining = carry.text, carry.made.remaining
-        last = jnp.maximum(text.lengths - 1, 0)[:, None]
-        newest = jnp.take_along_axis(text.text, last, axis=1)
-        none = jnp.zeros_like(text.lengths)
+        nothing = jnp.zeros_like(carry.text.lengths)
         if not self._drafts:
-            return self._advance(carry, newest, none)
-        drafts, known = draft_tokens(text.text, text.lengths, self._drafts)
-        guessed = jnp.clip(known, 0, jnp.maximum(remaining - 1, 0))
-        # More tokens in a pass take longer: only where there is something to gain.
-        return jax.lax.cond(
-            jnp.any(guessed > 0),
-            lambda: self._advance(
-                carry, jnp.concatenate([newest, drafts], axis=1), guessed
-            ),
-            lambda: self._advance(carry, newest, none),
-        )
+            return self._advance(carry, self._newest(carry), nothing)
+        # More tokens in a pass take longer: only where there is something to gain. Two
+        # loops of at most one turn, since a conditional would copy the cache.
+        drafts, guessed = self._guesses(carry)
+        some = jnp.any(guessed > 0)
+
+        def once(when, advance, carry):
+            def body(carry_and_turn):
+                return advance(carry_and_turn[0]), False
+
+            return jax.lax.while_loop(lambda c: c[1], body, (carry, when))[0]
+
+        def narrow(carry):
+            return self._advance(carry, self._newest(carry), nothing)
+
+        def wide(carry):
+            tokens = jnp.concatenate([self._newest(carry), drafts], axis=1)
+            return self._advance(carry, tokens, guessed)
+
+        return once(some, wide, once(~some, narrow, carry))
+
+    def _newest(self, carry: _Carry):
+        last = jnp.maximum(carry.text.lengths - 1, 0)[:, None]
+        return jnp.take_along_axis(carry.text.text, last, axis=1)
+
+    def _guesses(self, carry: _Carry):
+        """Returns tokens `[B, drafts]`, and how many of them a row may take."""
+        drafts, known = draft_tokens(carry.text.text, carry.text.lengths, self._drafts)
+        most = jnp.maximum(carry.made.remaining - 1, 0)
+        return drafts, jnp.clip(known, 0, most)
 
     def _advance(self, carry: _Carry, tokens, guessed) -> _Carry:
         """Runs each row's newest token and `guessed` ones after it; keeps the right."""

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
-
 from relax.generation.beam import Beam, make_beam_search
 from relax.generation.constraints import make_constraint
 from relax.generation.decode import make_steps
@@ -15,6 +13,7 @@ from relax.generation.requests import (
     GenerationStats,
     Request,
     allowed_tokens,
+    bias_of,
     check_request,
 )
 from relax.generation.run import Plan, Run, Work
@@ -26,13 +25,12 @@ from relax.sampling import SamplingConfig, check_ids, sampling_params
 from relax.text.tokenizers import Tokenizer
 
 MIN_CAPACITY = 64
+# A stop string is seen when the host looks: what is made after it was made for nothing.
+DISPATCH_WITH_STOP_STRINGS = 16
 
 
 class Generator:
-    """Samples from one model; its compiled functions are kept between calls.
-
-    stats: what was done so far.
-    """
+    """Samples from one model; its compiled functions are kept between calls."""
 
     def __init__(
         self,
@@ -57,7 +55,14 @@ class Generator:
             self._num_ids = min(self._num_ids, tokenizer.vocab_size)
         self.steps = make_steps(apply, config, self._num_ids, constrain)
         self.beam_search = make_beam_search(apply, config, self._num_ids)
-        self.stats = GenerationStats()
+        self._stats = GenerationStats()
+
+    @property
+    def stats(self) -> GenerationStats:
+        """What was done so far."""
+        programs = self.steps.programs() + self.beam_search.programs
+        self._stats.programs = programs
+        return self._stats
 
     def check(self, request: Request) -> None:
         """Raises ValueError where the prompt can't be completed."""
@@ -82,13 +87,15 @@ class Generator:
         batch_size: int | None = None,
         capacity: int | None = None,
         share_prefixes: bool = True,
+        limit: int | None = None,
         first_limit: int | None = None,
     ) -> Iterator[list[int]]:
         """Extends `completions`, and yields after each dispatch those now complete.
 
-        The device makes at most `sampling.tokens_per_dispatch` tokens a dispatch (the
-        first at most `first_limit`); rows that met a stop string between two of them
-        end there. batch_size: rows at a time, None: all. capacity: slots of a row,
+        The device makes at most `limit` tokens a dispatch, `first_limit` in the first
+        (None: as many as `sampling.tokens_per_dispatch`, which is the most); rows that
+        met a stop string between two of them end there. batch_size: rows at a time,
+        None: all. capacity: slots of a row,
         None: as many as the longest needs. Raises ValueError where a request can't be
         completed.
         """
@@ -100,11 +107,9 @@ class Generator:
             return
         longest = self.longest(requests, sampling)
         slots = self.new_slots(rows, max(longest, capacity or 0))
-        plan = self.plan(slots.rows, sampling, share_prefixes, first_limit)
+        plan = self.plan(slots.rows, sampling, share_prefixes, limit, first_limit)
         run = self.start(slots, requests, plan, completions)
-        for ended in run.dispatches(params):
-            self._count_programs()
-            yield ended
+        yield from run.dispatches(params)
 
     def _search(
         self,
@@ -115,13 +120,14 @@ class Generator:
         rows: int,
     ) -> Iterator[list[int]]:
         """Gives sample s of an input its s-th best beam, `rows` beams at a time."""
-        for name in ("stop_strings", "num_top_logprobs"):
-            if value := getattr(sampling, name):
-                raise ValueError(
-                    f"sampling.{name}={value} does not go with beams; set "
-                    f"sampling.num_beams=1 instead of {sampling.num_beams}"
-                )
         self.longest(requests, sampling)  # checks them
+        count = 1 + max(request.sample_index for request in requests)
+        if count > sampling.num_beams:
+            raise ValueError(
+                f"sample {count - 1} is asked for: sampling.num_beams="
+                f"{sampling.num_beams} has samples from 0 to {sampling.num_beams - 1}"
+            )
+        sampling = replace(sampling, num_return_sequences=count)
         plan = self.plan(1, sampling)
         inputs: dict[Request, list[int]] = {}
         for index, request in enumerate(requests):
@@ -131,11 +137,14 @@ class Generator:
             found = self.beam_search(
                 params, heads, sampling, plan.stop_ids, plan.filters.constraint
             )
-            self.stats.prompt_tokens += sum(len(head.prompt) for head in heads)
-            self._count_programs()
+            self._stats.prompt_tokens += sum(len(head.prompt) for head in heads)
             for head, indices, beams in zip(heads, samples, found, strict=True):
-                for index, beam in zip(indices, beams, strict=False):
-                    self._fill(completions[index], head, beam)
+                for index in indices:
+                    rank = requests[index].sample_index
+                    if rank < len(beams):
+                        self._fill(completions[index], head, beams[rank])
+                    else:
+                        completions[index].finish_reason = "none"
             yield [index for indices in samples for index in indices]
 
     def _fill(self, completion: Completion, request: Request, beam: Beam) -> None:
@@ -144,10 +153,7 @@ class Generator:
         text = CompletionText(self._tokenizer, request.prompt, ())
         pieces = [text.add(token)[0] for token in beam.token_ids]
         completion.text = "".join(pieces) + text.flush()
-        self.stats.new_tokens += len(beam.token_ids)
-
-    def _count_programs(self) -> None:
-        self.stats.programs = self.steps.programs() + self.beam_search.programs
+        self._stats.new_tokens += len(beam.token_ids)
 
     def longest(self, requests: Sequence[Request], sampling: SamplingConfig) -> int:
         """Returns how many tokens the longest row may come to, its prompt included.
@@ -182,6 +188,7 @@ class Generator:
         rows: int,
         sampling: SamplingConfig,
         share: bool = True,
+        limit: int | None = None,
         first_limit: int | None = None,
         stop_ids: Sequence[int] = (),
     ) -> Plan:
@@ -189,17 +196,37 @@ class Generator:
 
         Raises ValueError for ids that the model does not choose.
         """
-        check_ids(sampling, self._num_ids)
+        self._check_sampling(sampling)
         stop_ids = (*self._stop_ids, *sampling.stop_token_ids, *stop_ids)
+        stop_ids = tuple(dict.fromkeys(stop_ids))
         columns = self._config.padded_vocab_size
         constraint = make_constraint(sampling, self._tokenizer, stop_ids, columns)
         params, filters = sampling_params([sampling] * rows, constraint)
-        bias = None
-        if sampling.logit_bias:
-            bias = np.zeros(columns, np.float32)
-            for token, value in sampling.logit_bias:
-                bias[token] = value
-        return Plan(sampling, params, filters, stop_ids, bias, share, first_limit)
+        most = sampling.tokens_per_dispatch
+        if sampling.stop_strings:
+            most = min(most, DISPATCH_WITH_STOP_STRINGS)
+        limit = min(most, limit or most)
+        return Plan(
+            sampling=sampling,
+            params=params,
+            filters=filters,
+            stop_ids=stop_ids,
+            logit_bias=bias_of(sampling, columns),
+            share=share,
+            limit=limit,
+            first_limit=min(limit, first_limit or limit),
+        )
+
+    def _check_sampling(self, sampling: SamplingConfig) -> None:
+        check_ids(sampling, self._num_ids)
+        if sampling.num_beams == 1:
+            return
+        for name in ("stop_strings", "num_top_logprobs"):
+            if value := getattr(sampling, name):
+                raise ValueError(
+                    f"sampling.{name}={value} does not go with beams; set "
+                    f"sampling.num_beams=1 instead of {sampling.num_beams}"
+                )
 
     def start(
         self,
@@ -217,7 +244,7 @@ class Generator:
         texts = [CompletionText(self._tokenizer, r.prompt, strings) for r in requests]
         limits = [allowed_tokens(r, sampling, self._config) for r in requests]
         todo = Work(requests, limits, texts, completions)
-        return Run(self.steps, slots, todo, plan, self.stats)
+        return Run(self.steps, slots, todo, plan, self._stats)
 
 
 def _batches(items: Iterable, size: int) -> Iterator[tuple]:

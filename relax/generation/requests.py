@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from relax.model.config import LlamaConfig
 from relax.sampling import SamplingConfig
 from relax.text.detokenizer import StopStrings, StreamingDetokenizer
@@ -32,7 +34,8 @@ class Completion:
     logprobs: of these tokens under the full softmax at temperature 1. sampled_logprobs:
     under the distribution drawn from. top_logprobs: for each token the most likely ones
     and their logprobs, where sampling.num_top_logprobs asks for them. finish_reason:
-    "stop" (end of text or a stop string) or "length". score: of a beam.
+    "stop" (end of text or a stop string), "length", or "none" where a search found
+    fewer beams than were asked for. score: of a beam.
     """
 
     text: str = ""
@@ -119,6 +122,16 @@ def check_tokens(
             f"{name} holds ids from {min(tokens)} to {max(tokens)}; give ids below "
             f"model.vocab_size={config.vocab_size}"
         )
+
+
+def bias_of(sampling: SamplingConfig, num_columns: int) -> np.ndarray | None:
+    """Returns what is added to each id's logit `[V]`, None for nothing."""
+    if not sampling.logit_bias:
+        return None
+    bias = np.zeros(num_columns, np.float32)
+    for token, value in sampling.logit_bias:
+        bias[token] += value
+    return bias
 
 
 def allowed_tokens(

@@ -19,17 +19,14 @@ from relax.generation.slots import Slots
 from relax.model.parameters import Params
 from relax.sampling import Choice, Filters, SamplingConfig, SamplingParams
 
-# A stop string is seen when the host looks: what is made after it was made for nothing.
-DISPATCH_WITH_STOP_STRINGS = 16
-
 
 @dataclass(frozen=True)
 class Plan:
     """What holds for all rows of a run.
 
     params: `[B]` each. stop_ids: the model's and those asked for. share: whether rows
-    copy prefixes from one another. first_limit: tokens of the first dispatch, where
-    something is to be seen soon.
+    copy prefixes from one another. limit: tokens of a dispatch; first_limit: of the
+    first one, where something is to be seen soon.
     """
 
     sampling: SamplingConfig
@@ -37,8 +34,9 @@ class Plan:
     filters: Filters
     stop_ids: tuple[int, ...]
     logit_bias: np.ndarray | None
-    share: bool = True
-    first_limit: int | None = None
+    share: bool
+    limit: int
+    first_limit: int
 
 
 class Work(NamedTuple):
@@ -51,7 +49,11 @@ class Work(NamedTuple):
 
 
 class Run:
-    """Requests, each in the first slot that gets free, until all are complete."""
+    """Requests, each in the first slot that gets free, until all are complete.
+
+    row, shared: of the last request that began, its slot, and how many tokens of its
+    prompt were in the cache.
+    """
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class Run:
         """`work.completions` grow with every dispatch."""
         self._steps, self._slots, self._work = steps, slots, work
         self._plan, self._stats = plan, stats
+        self.row = self.shared = 0
         B = slots.rows
         self._owner: list[int | None] = [None] * B
         self._prompt_lengths, self._lengths = np.zeros((2, B), np.int32)
@@ -83,14 +86,9 @@ class Run:
             self._slots.fill(params)
             # To leave a few rows idle for a while costs less than to fill each alone.
             patience = max(1, self._slots.rows // 4) if waiting else self._slots.rows
-            made = self._decode(params, limit or self._limit(), patience)
-            limit = None
+            made = self._decode(params, limit, patience)
+            limit = self._plan.limit
             yield self._collect(made)
-
-    def _limit(self) -> int:
-        sampling = self._plan.sampling
-        size = sampling.tokens_per_dispatch
-        return min(size, DISPATCH_WITH_STOP_STRINGS) if sampling.stop_strings else size
 
     def _admit(self, waiting: deque[int]) -> None:
         idle = [row for row, owner in enumerate(self._owner) if owner is None]
@@ -106,6 +104,7 @@ class Run:
             self._samples[row] = request.sample_index
             self._stats.prompt_tokens += len(request.prompt)
             self._stats.shared_tokens += shared
+            self.row, self.shared = row, shared
 
     def _decode(self, params: Params, limit: int, patience: int) -> Made:
         plan, sampling = self._plan, self._plan.sampling

@@ -21,6 +21,7 @@ class Session:
     def __init__(self, generator: Generator):
         self._generator = generator
         self._slots: Slots | None = None
+        self._row = 0
         self._open: Iterator[str] | None = None
         self.completion = Completion()
         self.prefilled = 0
@@ -29,7 +30,7 @@ class Session:
     @property
     def length(self) -> int:
         """How many tokens the cache holds."""
-        return 0 if self._slots is None else self._slots.surviving(0)
+        return 0 if self._slots is None else self._slots.surviving(self._row)
 
     def reply(
         self,
@@ -38,6 +39,7 @@ class Session:
         sampling: SamplingConfig,
         *,
         sample_index: int = 0,
+        limit: int | None = None,
         stop_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
     ) -> Iterator[str]:
@@ -45,6 +47,7 @@ class Session:
 
         tokens: the whole text so far. What it shares with what the cache holds, prompts
             and replies, is not run again, but for its last token.
+        limit: tokens between two pieces, at most `sampling.tokens_per_dispatch`.
         stop_ids, stop_strings: besides the generator's and those of `sampling`.
 
         The reply is that of `Generator.run` for input 0. The iterator may be closed
@@ -64,22 +67,27 @@ class Session:
         if self._slots is None:
             self._slots = generator.new_slots(1, longest)
         slots = self._slots
-        plan = generator.plan(slots.rows, sampling, True, 1, stop_ids)
+        plan = generator.plan(slots.rows, sampling, True, limit, 1, stop_ids)
         completion = Completion()
         run = generator.start(slots, [request], plan, [completion])
         if self._open is not None:
             self._open.close()
-        self._open = self._reply(params, run, completion, generator.rounded(longest))
+        capacity = generator.rounded(longest)
+        self._open = self._reply(params, run, request, completion, capacity)
         return self._open
 
     def _reply(
-        self, params: Params, run: Run, completion: Completion, capacity: int
+        self,
+        params: Params,
+        run: Run,
+        request: Request,
+        completion: Completion,
+        capacity: int,
     ) -> Iterator[str]:
-        stats, self.completion, sent = self._generator.stats, completion, 0
-        before = stats.prompt_tokens, stats.shared_tokens
+        self.completion, sent = completion, 0
         self._slots.grow(capacity)
         for _ in run.dispatches(params):
-            self.reused = stats.shared_tokens - before[1]
-            self.prefilled = stats.prompt_tokens - before[0] - self.reused
+            self._row, self.reused = run.row, run.shared
+            self.prefilled = len(request.prompt) - run.shared
             yield completion.text[sent:]
             sent = len(completion.text)

@@ -35,10 +35,15 @@ class Cache(NamedTuple):
 
 
 def empty_cache(config: LlamaConfig, batch_size: int, capacity: int) -> Cache:
-    """Returns a cache of zeros in the compute dtype, all lengths 0."""
+    """Returns a cache of zeros, all lengths 0.
+
+    In the compute dtype; on a CPU in float32, which holds the same numbers: XLA's CPU
+    backend would convert all of a 16-bit cache at every token.
+    """
     heads, width = config.num_key_value_heads, config.head_width
     shape = (batch_size, heads, capacity, width)
-    L, dtype = config.num_hidden_layers, jnp.dtype(config.compute_dtype)
+    L, on_cpu = config.num_hidden_layers, jax.default_backend() == "cpu"
+    dtype = jnp.dtype("float32" if on_cpu else config.compute_dtype)
 
     def buffer():
         if config.scan_layers:

@@ -43,11 +43,15 @@ def cached_attention(
         # The last block may overlap the one before, whose slots are then left out.
         start = jnp.minimum(index * block, capacity - block)
         k, v = read(start, block)
+        k = k.astype(q.dtype)
         visible = key_block_mask(mask, start, block)
         visible &= start + jnp.arange(block) >= index * block
         scores = _product(rows, k, 3).reshape(B, K, N // K, T, block)
         heads = (1, 1) if visible.shape[1] == 1 else (K, N // K)
         visible = visible.reshape(visible.shape[0], *heads, *visible.shape[2:])
+        # An unused slot may hold anything, a NaN too, which a weight of 0 would spread.
+        seen = jnp.any(visible, axis=(2, 3))[..., None]
+        v = jnp.where(seen, v, jnp.zeros_like(v)).astype(q.dtype)
         scores = jnp.where(visible, scores, -jnp.inf).reshape(B, K, -1, block)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         kept = jnp.exp(top - new_top)

@@ -70,12 +70,14 @@ def ban_repeated_ngrams(
     lengths, size = lengths[:, None], size[:, None]
     ends = (size > 0) & (slots >= size - 1) & (slots < lengths)
 
+    longest = jnp.minimum(jnp.max(size), tokens.shape[1])
+
     def compare(back, ends):
         """Keeps the ends of n-grams whose token `back` slots earlier is the row's."""
         last = jnp.take_along_axis(tokens, jnp.maximum(lengths - back, 0), axis=1)
         return ends & ((jnp.roll(tokens, back, axis=1) == last) | (back >= size))
 
-    ends = jax.lax.fori_loop(1, jnp.max(size), compare, ends)
+    ends = jax.lax.fori_loop(1, longest, compare, ends)
     rows = jnp.arange(tokens.shape[0])[:, None]
     banned = jnp.zeros(logits.shape, bool).at[rows, tokens].max(ends)
     return jnp.where(banned, -jnp.inf, logits)

@@ -164,6 +164,7 @@ class Batch:
 
     def run(self) -> None:
         """Writes the output, whatever of it was written before."""
+        self._model.check(self._sampling)
         with ExitStack() as open_files:
             stop = open_files.enter_context(StopSignals())
             self._journal = open_files.enter_context(self._open_journal())

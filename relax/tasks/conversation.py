@@ -162,13 +162,14 @@ class Conversation:
         sampling = replace(
             self.sampling,
             max_new_tokens=min(room, wanted),
-            tokens_per_dispatch=min(STREAM_CHUNK, self.sampling.tokens_per_dispatch),
+            min_new_tokens=min(room, self.sampling.min_new_tokens),
         )
         pieces = self._session.reply(
             self._model.params,
             tokens,
             sampling,
             sample_index=sample_index,
+            limit=STREAM_CHUNK,
             stop_ids=self._stop_ids,
             stop_strings=self._stop_strings,
         )

@@ -5,6 +5,7 @@ import pytest
 
 from relax.generation.decode import Rows, make_steps
 from relax.generation.drafts import draft_tokens
+from relax.model.llama import make_llama
 from relax.sampling import SamplingConfig, sampling_params
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -177,7 +178,29 @@ def test_a_shifted_position_in_decoding_changes_the_greedy_tokens(
     assert tokens != expected
 
 
-def test_the_cache_comes_back_in_the_buffers_that_were_given(steps):
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_no_step_needs_room_for_a_second_cache(
+    make_config, make_params, steps, scan_layers, drafts
+):
+    """A layer's buffer of keys has 1.6 MB, more than all else of so small a model."""
+    config = make_config(scan_layers=scan_layers, max_position_embeddings=5003)
+    scripted = Run(steps, [GREEDY] * 3, [5, 5, 5])
+    steps = make_steps(make_llama(config).apply, config, num_ids=67)
+    rows = scripted.rows._replace(text=np.zeros((3, 5003), np.int32))
+    params, cache = make_params(config), steps.new_cache(3, 5003)
+    buffer = sum(x.nbytes for x in jax.tree.leaves(cache.keys)) // 3
+    places = np.arange(3, dtype=np.int32)
+    options = {"chunk": CHUNK, "drafts": drafts, "filters": scripted.filters}
+    for lowered in (
+        steps.decode.lower(params, cache, rows, 5, 3, **options),
+        steps.prefill.lower(params, cache, rows.text[:, :7], *[places] * 3),
+        steps.copy.lower(cache, 0, 1, 5),
+    ):
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < buffer
+
+
+def test_the_cache_that_was_given_is_used_up(steps):
     run = Run(steps, [GREEDY] * 3, [5, 5, 5])
     given = run.cache.keys
     run.decode()

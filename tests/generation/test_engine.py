@@ -243,6 +243,49 @@ def test_what_beams_do_not_take_is_an_error(model, name, value):
         model.generate([[1]], sampling)
 
 
+def test_a_beam_that_there_is_not_is_none_and_no_other(generator, model):
+    """Two choices are all that four beams can find."""
+    sampling = replace(
+        GREEDY,
+        num_beams=4,
+        num_return_sequences=4,
+        constraint="choices",
+        choices=("ab", "c"),
+        ignore_eos=False,
+    )
+    reasons = [c.finish_reason for c in model.generate([[5, 6]], sampling)]
+    assert reasons == ["stop", "stop", "none", "none"]
+    both = model.generate([[5, 6]], replace(sampling, num_return_sequences=2))
+    assert {c.text for c in both} == {"ab", "c"}
+    one = replace(sampling, num_return_sequences=1)
+    (second,) = run(generator, model.params, [Request((5, 6), 0, 1)], one)
+    assert second.token_ids == both[1].token_ids
+    with pytest.raises(
+        ValueError, match=r"sample 4 is asked for: sampling.num_beams=4"
+    ):
+        run(generator, model.params, [Request((5, 6), 0, 4)], one)
+
+
+# What a row leaves behind.
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_row_without_numbers_leaves_the_next_one_alone(
+    make_config, make_params, tokenizer, scan_layers
+):
+    config = make_config(scan_layers=scan_layers)
+    params = make_params(config)
+    table = params["llama/embed_tokens"]["weight"].at[7].set(np.nan)
+    params = {**params, "llama/embed_tokens": {"weight": table}}
+    generator = Generator(make_llama(config).apply, config, tokenizer, (66,))
+    poisoned, good = Request((7,) * 20, 0, 0), Request((5, 6), 1, 0)
+    expected = run(generator, params, [good], GREEDY)
+    both = run(generator, params, [poisoned, good], GREEDY, batch_size=1)
+    assert np.isnan(both[0].logprobs[0])
+    assert np.isfinite(both[1].logprobs).all()
+    assert_same(both[1:], expected)
+
+
 # Programs.
 
 

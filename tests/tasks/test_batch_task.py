@@ -55,6 +55,9 @@ class Scripted:
 
     encode = LanguageModel.encode
 
+    def check(self, sampling):
+        pass
+
     def complete(self, requests, sampling, batch_size, *, capacity):
         self.asked += [(r.input_index, r.sample_index) for r in requests]
         self.sampling = sampling
