@@ -95,9 +95,8 @@ class Generator:
         The device makes at most `limit` tokens a dispatch, `first_limit` in the first
         (None: as many as `sampling.tokens_per_dispatch`, which is the most); rows that
         met a stop string between two of them end there. batch_size: rows at a time,
-        None: all. capacity: slots of a row,
-        None: as many as the longest needs. Raises ValueError where a request can't be
-        completed.
+        None: all. capacity: slots of a row, None: as many as the longest needs. Raises
+        ValueError where a request can't be completed.
         """
         if not requests:
             return

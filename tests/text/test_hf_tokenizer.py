@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
@@ -70,6 +70,8 @@ def test_text_of_byte_level_ids_is_the_librarys(gpt2_json, gpt2_library, ids):
 def test_text_of_byte_fallback_ids_is_the_librarys(form, request, text):
     library = request.getfixturevalue(form)
     tokenizer = opened(library)
+    # The library reads a special token that a text spells, and ours never does.
+    assume(not any(name in text for name in tokenizer.special_tokens))
     ids = tokenizer.encode(text)
     assert ids == library.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == library.decode(ids)
