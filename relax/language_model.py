@@ -247,10 +247,10 @@ class LanguageModel:
         """
         sampling = sampling or SamplingConfig()
         request = Request(tuple(self.encode(prompt)), 0, 0)
+        soon = {"limit": STREAM_CHUNK, "first_limit": 1}
         completion, sent = Completion(), 0
         for _ in self._generator.run_in_chunks(
-            *(self.params, [request], sampling, [completion]),
-            **{"limit": STREAM_CHUNK, "first_limit": 1},
+            self.params, [request], sampling, [completion], **soon
         ):
             if piece := completion.text[sent:]:
                 yield piece

@@ -337,7 +337,8 @@ def process_logits(
     if filters.min_new_tokens:
         too_short = state.lengths - state.prompt_lengths < params.min_new_tokens
         shaped = ops.ban_stop_ids(shaped, stop_ids, too_short)
-    constraint = filters.constraint
+    if (constraint := filters.constraint) is None and shaped is known:
+        return known  # from which nothing was taken
     allowed = jnp.ones(logits.shape, bool) if constraint is None else constraint(state)
     return ops.keep_allowed(shaped, allowed, known, stop_ids)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from relax.generation.requests import Request, allowed_tokens, bias_of
+from relax.generation.requests import Request, allowed_tokens, bias_of, bucket
 from relax.model.cache import empty_cache
 from relax.model.config import LlamaConfig
 from relax.ops.logprobs import compute_logits
@@ -24,8 +24,6 @@ from relax.sampling import (
     sampling_params,
     start_text,
 )
-
-BUCKET = 64
 
 
 class Beam(NamedTuple):
@@ -206,13 +204,6 @@ def _over(rows: Bool[Array, "B"], x: Array) -> Array:
     return rows.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def make_beam_search(
-    apply: Callable, config: LlamaConfig, num_ids: int
-) -> "BeamSearch":
-    """Returns the search over `apply`; only ids below `num_ids` are chosen."""
-    return BeamSearch(apply, config, num_ids)
-
-
 class BeamSearch:
     """Beam search with one model; its compiled programs are kept between calls.
 
@@ -220,6 +211,7 @@ class BeamSearch:
     """
 
     def __init__(self, apply: Callable, config: LlamaConfig, num_ids: int):
+        """`num_ids`: only ids below it are chosen."""
         self._config = config
         self.programs = 0
 
@@ -342,11 +334,6 @@ def _beams(finished: Beams, count: int) -> list[Beam]:
             reason = "stop" if stopped else "length"
             found.append(Beam(ids, float(score), reason, logprobs))
     return found[:count]
-
-
-def bucket(length: int, limit: int) -> int:
-    """Returns the next power of two from 64 on, at most `limit`."""
-    return min(limit, max(BUCKET, 1 << (int(length) - 1).bit_length()))
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from relax.generation.beam import Beam, make_beam_search
+from relax.generation.beam import Beam, BeamSearch
 from relax.generation.constraints import make_constraint
 from relax.generation.decode import make_steps
 from relax.generation.requests import (
@@ -14,7 +14,9 @@ from relax.generation.requests import (
     Request,
     allowed_tokens,
     bias_of,
+    bucket,
     check_request,
+    power_of_two,
 )
 from relax.generation.run import Plan, Run, Work
 from relax.generation.slots import Slots
@@ -24,7 +26,6 @@ from relax.model.parameters import Params
 from relax.sampling import SamplingConfig, check_ids, sampling_params
 from relax.text.tokenizers import Tokenizer
 
-MIN_CAPACITY = 64
 # A stop string is seen when the host looks: what is made after it was made for nothing.
 DISPATCH_WITH_STOP_STRINGS = 16
 
@@ -54,7 +55,7 @@ class Generator:
         if tokenizer is not None:
             self._num_ids = min(self._num_ids, tokenizer.vocab_size)
         self.steps = make_steps(apply, config, self._num_ids, constrain)
-        self.beam_search = make_beam_search(apply, config, self._num_ids)
+        self.beam_search = BeamSearch(apply, config, self._num_ids)
         self._stats = GenerationStats()
 
     @property
@@ -172,15 +173,14 @@ class Generator:
         To powers of two, so that few shapes are compiled, and to what a mesh needs.
         """
         multiple = self._batch_multiple
-        rows = -(-_power_of_two(rows) // multiple) * multiple
+        rows = -(-power_of_two(rows) // multiple) * multiple
         # Rows of a mesh are run all together: each is on the devices it is on.
         together = rows if multiple > 1 else 1
         return Slots(self.steps, rows, self.rounded(capacity), together)
 
     def rounded(self, capacity: int) -> int:
-        """Returns the slots to allocate for a capacity; the context is the most."""
-        limit = self._config.max_position_embeddings
-        return min(limit, max(MIN_CAPACITY, _power_of_two(capacity)))
+        """Returns the slots to allocate for a capacity."""
+        return bucket(capacity, self._config.max_position_embeddings)
 
     def plan(
         self,
@@ -251,7 +251,3 @@ def _batches(items: Iterable, size: int) -> Iterator[tuple]:
     iterator = iter(items)
     while batch := tuple(islice(iterator, size)):
         yield batch
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

@@ -11,6 +11,8 @@ from relax.sampling import SamplingConfig
 from relax.text.detokenizer import StopStrings, StreamingDetokenizer
 from relax.text.tokenizers import Tokenizer
 
+SHORTEST = 64
+
 
 @dataclass(frozen=True)
 class Request:
@@ -122,6 +124,16 @@ def check_tokens(
             f"{name} holds ids from {min(tokens)} to {max(tokens)}; give ids below "
             f"model.vocab_size={config.vocab_size}"
         )
+
+
+def power_of_two(count: int) -> int:
+    """Returns the next power of two: few shapes are compiled."""
+    return 1 << (int(count) - 1).bit_length()
+
+
+def bucket(length: int, limit: int) -> int:
+    """Returns the next power of two from SHORTEST on, at most `limit`, the context."""
+    return min(limit, max(SHORTEST, power_of_two(length)))
 
 
 def bias_of(sampling: SamplingConfig, num_columns: int) -> np.ndarray | None:

@@ -12,9 +12,9 @@ import pytest
 from relax.checkpoints.pretrained import open_pretrained
 from relax.generation.beam import (
     Beams,
+    BeamSearch,
     advance,
     bucket,
-    make_beam_search,
     make_rules,
     may_improve,
     start_search,
@@ -158,7 +158,7 @@ def tiny(tmp_path_factory) -> Iterator[Tiny]:
     shardings = parameter_shardings(mesh, parameter_shapes(checkpoint.config))
     params = checkpoint.load_params(shardings)
     apply = make_llama(checkpoint.config).apply
-    search = make_beam_search(apply, checkpoint.config, V)
+    search = BeamSearch(apply, checkpoint.config, V)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield Tiny(peer, checkpoint.config, params, search)
@@ -298,14 +298,14 @@ def test_long_prompts_go_to_the_end_of_the_context(tiny):
 def test_unrolled_layers_find_the_same_beams(tiny):
     assert tiny.config.scan_layers
     config, params = with_layers(tiny.config, tiny.params, scan_layers=False)
-    search = make_beam_search(make_llama(config).apply, config, V)
+    search = BeamSearch(make_llama(config).apply, config, V)
     found = search(params, requests(), beam_config(3), (2, 7))
     plain = tiny.search(tiny.params, requests(), beam_config(3), (2, 7))
     assert_same_beams(found, ids_and_scores(plain))
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_chosen(tiny):
-    search = make_beam_search(make_llama(tiny.config).apply, tiny.config, 19)
+    search = BeamSearch(make_llama(tiny.config).apply, tiny.config, 19)
     sampling = beam_config(3)
     found = search(tiny.params, requests(), sampling, (2, 7))
     missing = list(range(19, V))
@@ -478,7 +478,7 @@ def table(make_config) -> Table:
 
     config = make_config(vocab_size=IDS, max_position_embeddings=71)
     logits = np.random.default_rng(2).normal(size=(71, IDS, IDS)).astype(np.float32)
-    return Table(make_beam_search(apply, config, IDS), logits)
+    return Table(BeamSearch(apply, config, IDS), logits)
 
 
 def completions():

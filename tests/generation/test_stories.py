@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from relax.generation.beam import make_beam_search
+from relax.generation.beam import BeamSearch
 from relax.generation.requests import Request
 from relax.model.llama import make_llama
 from relax.sampling import SamplingConfig
@@ -49,7 +49,7 @@ def greedy_cases(cases):
 @pytest.fixture(scope="module")
 def beam_search(stories):
     apply = make_llama(stories.config).apply
-    return make_beam_search(apply, stories.config, stories.tokenizer.vocab_size)
+    return BeamSearch(apply, stories.config, stories.tokenizer.vocab_size)
 
 
 def settings(case):
