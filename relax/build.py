@@ -1,13 +1,16 @@
 """From dataclasses to the things they describe: models, parameters, trained models."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from relax.checkpoints.adapter import open_adapter
 from relax.checkpoints.native import RunCheckpoints, resolve_run
 from relax.checkpoints.pretrained import (
     AUTO,
@@ -24,7 +27,8 @@ from relax.language_model import (
 )
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
-from relax.model.parameters import parameter_shapes, with_layers
+from relax.model.lora import NO_LORA, with_lora
+from relax.model.parameters import Params, parameter_shapes, with_layers
 from relax.sharding import (
     MeshConfig,
     make_constrain,
@@ -32,12 +36,20 @@ from relax.sharding import (
     parameter_shardings,
     state_shardings,
 )
-from relax.steps import init_state
+from relax.steps import TrainState, init_state
 from relax.text.chat import ChatTemplate, load_template
 from relax.text.folder import load_folder_tokenizer
 from relax.text.tokenizers import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+Extra = Callable[[Params], Any]
+
+
+def no_extra(params: Params) -> dict[str, Any]:
+    """Returns what most trainers keep besides the parameters: nothing."""
+    del params
+    return {}
 
 
 def with_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> LlamaConfig:
@@ -55,26 +67,57 @@ def with_vocabulary(config: LlamaConfig, tokenizer: Tokenizer) -> LlamaConfig:
     return config
 
 
-def init_train_state(config: LlamaConfig, optimizer, mesh: Mesh, seed: int):
-    """Returns a fresh train state, born on its shardings."""
-    key = jax.random.key(seed)
-    shapes = abstract_train_state(config, optimizer, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+def init_train_state(
+    config: LlamaConfig, optimizer, mesh: Mesh, seed: int, extra: Extra = no_extra
+) -> TrainState:
+    """Returns a fresh train state, born on its shardings.
+
+    extra: from the parameters to what the state keeps besides them.
+    """
     model = make_llama(config, make_constrain(mesh))
 
     def init(key):
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        return init_state(model.init(key, tokens), optimizer)
+        params = model.init(key, jnp.zeros((1, 2), jnp.int32))
+        return init_state(params, optimizer, extra(params))
 
-    return jax.jit(init, out_shardings=shardings)(key)
+    shardings = _shardings_of(config, optimizer, mesh, extra)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def abstract_train_state(config: LlamaConfig, optimizer, mesh: Mesh):
+def train_state_from(
+    config: LlamaConfig,
+    params: Params,
+    optimizer,
+    mesh: Mesh,
+    seed: int,
+    extra: Extra = no_extra,
+) -> TrainState:
+    """Returns the train state of a trained model, whose `params` are used up.
+
+    Adapters that `config` has and the model lacks are drawn with the seed.
+    """
+
+    def init(params):
+        params = with_lora(config, params, jax.random.key(seed))
+        return init_state(params, optimizer, extra(params))
+
+    shardings = _shardings_of(config, optimizer, mesh, extra)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def abstract_train_state(
+    config: LlamaConfig, optimizer, mesh: Mesh, extra: Extra = no_extra
+) -> TrainState:
     """Returns shapes, dtypes and shardings of a train state, for a restore."""
     params = parameter_shapes(config)
     shardings = parameter_shardings(mesh, params)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, extra(p)), params)
     return _with_shardings(state, state_shardings(mesh, state, shardings))
+
+
+def _shardings_of(config: LlamaConfig, optimizer, mesh: Mesh, extra: Extra):
+    shapes = abstract_train_state(config, optimizer, mesh, extra)
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 def load(
@@ -82,6 +125,7 @@ def load(
     mesh: MeshConfig | None = None,
     dtype: str | None = None,
     scan_layers: bool = False,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Returns the model of a checkpoint, with its tokenizer and its chat template.
 
@@ -90,18 +134,24 @@ def load(
     `owner/name[@revision]`. dtype: of parameters and computation; None is that of the
     run, and for released checkpoints float32 on CPU and the file's elsewhere; "auto"
     keeps the file's. scan_layers: True compiles many layers faster, False decodes
-    faster; whichever they were saved in, they are converted here. Raises
-    FileNotFoundError where there is no checkpoint, ValueError where it is damaged or of
-    an unknown kind.
+    faster; whichever they were saved in, they are converted here. adapter: a folder
+    with a LoRA adapter in PEFT's form, for this model. Raises FileNotFoundError where
+    there is no checkpoint, ValueError where it is damaged or of an unknown kind.
     """
+    if adapter is not None:
+        open_adapter(Path(adapter))  # its errors come before the weights are read
     devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
     if (folder := find_pretrained(str(path))) is not None:
-        return _load_pretrained(folder, devices, dtype, scan_layers)
-    return _load_run(str(path), devices, dtype, scan_layers)
+        model = _load_pretrained(str(path), folder, devices, dtype, scan_layers)
+    else:
+        model = _load_run(str(path), devices, dtype, scan_layers)
+    if adapter is not None:
+        model.load_adapter(adapter)
+    return model
 
 
 def _load_pretrained(
-    folder: Path, mesh: Mesh, dtype: str | None, scan_layers: bool
+    name: str, folder: Path, mesh: Mesh, dtype: str | None, scan_layers: bool
 ) -> LanguageModel:
     checkpoint = open_pretrained(folder, dtype, jax.default_backend())
     config = replace(checkpoint.config, scan_layers=scan_layers)
@@ -120,7 +170,10 @@ def _load_pretrained(
         mesh,
         chat_template=template,
         origin=Origin(
-            checkpoint.stop_ids, checkpoint.config_json, checkpoint.generation_json
+            checkpoint.stop_ids,
+            checkpoint.config_json,
+            checkpoint.generation_json,
+            name,
         ),
     )
 
@@ -140,7 +193,7 @@ def _load_run(
         step = checkpoints.step_named(name)
         logger.info("checkpoint: step %d (%s) of %s", step, name, folder)
         info = checkpoints.info(step)
-        config = to_dataclass(LlamaConfig, info["model"], "model")
+        config = to_dataclass(LlamaConfig, NO_LORA | info["model"], "model")
         if dtype not in (None, AUTO):
             config = replace(config, param_dtype=dtype, compute_dtype=dtype)
         shapes = parameter_shapes(config)
@@ -170,9 +223,9 @@ def _read_template(folder: Path, tokenizer: Tokenizer | None) -> ChatTemplate | 
         return None
 
 
-def checkpoint_info(config: LlamaConfig) -> dict:
+def checkpoint_info(config: LlamaConfig, origin: Origin) -> dict:
     """Returns what a checkpoint keeps beside its arrays, so that it loads alone."""
-    return {"model": asdict(config)}
+    return {"model": asdict(config), "origin": asdict(origin)}
 
 
 def _with_shardings(shapes, shardings):

@@ -12,13 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from relax.checkpoints.hf_export import NewFolder, write_model
+from relax.checkpoints.adapter import open_adapter, write_adapter
+from relax.checkpoints.hf_export import NewFolder, released_json, write_model
 from relax.checkpoints.native import RunCheckpoints
+from relax.checkpoints.pretrained import Origin
 from relax.generation.generator import Generator
 from relax.generation.requests import Completion, GenerationStats, Request, check_tokens
 from relax.generation.session import Session
 from relax.model.config import LlamaConfig
 from relax.model.llama import make_llama
+from relax.model.lora import merge
 from relax.model.parameters import Params, resize_vocabulary
 from relax.sampling import SamplingConfig
 from relax.sharding import batch_multiple, make_constrain, parameter_shardings
@@ -28,7 +31,7 @@ from relax.steps import (
     make_logprob_step,
     visibility,
 )
-from relax.text.chat import ChatTemplate
+from relax.text.chat import ChatTemplate, ending_ids
 from relax.text.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,19 +50,6 @@ class Score:
 
     token_ids: list[int]
     logprobs: list[float | None]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint said besides its model, kept for the next one.
-
-    stop_ids end a text. config_json, generation_json: of the released folder that the
-    model came from (None for a model trained here).
-    """
-
-    stop_ids: tuple[int, ...] = ()
-    config_json: Mapping[str, Any] | None = None
-    generation_json: Mapping[str, Any] | None = None
 
 
 class LanguageModel:
@@ -123,15 +113,7 @@ class LanguageModel:
 
         The template's is what it writes after an assistant's turn.
         """
-        ids = set(self.origin.stop_ids)
-        if self.tokenizer is not None and self.tokenizer.eos_id is not None:
-            ids.add(self.tokenizer.eos_id)
-        if self.chat_template is not None and self.tokenizer is not None:
-            try:
-                ids.update(self.chat_template.end_of_turn(self.tokenizer)[0])
-            except ValueError as error:  # it refuses a plain question and answer
-                logger.warning("the template's end of turn isn't known: %s", error)
-        return tuple(sorted(ids))
+        return ending_ids(self.origin.stop_ids, self.tokenizer, self.chat_template)
 
     def logits(
         self,
@@ -327,43 +309,46 @@ class LanguageModel:
     def save_hf(self, folder: str | Path, max_shard_bytes: int = SHARD_BYTES) -> None:
         """Writes a Hugging Face folder, whole or not at all.
 
-        Weights are safetensors in `config.param_dtype`, in several files where they
-        exceed `max_shard_bytes`. Raises FileExistsError where the folder is there, and
-        ValueError where no released family has such a model.
+        Weights are safetensors in `config.param_dtype`, adapters merged into them, in
+        several files where they exceed `max_shard_bytes`. Raises FileExistsError where
+        the folder is there, and ValueError where no released family has such a model.
         """
+        bos_id = None if self.tokenizer is None else self.tokenizer.bos_id
         with NewFolder(Path(folder), "folder") as new:
-            config_json, generation_json = self._released_json()
-            write_model(
-                new,
-                self.config,
-                self.params,
-                config_json,
-                generation_json,
-                max_shard_bytes,
-            )
+            model = merge(self.config, self.params)
+            jsons = released_json(self.origin, bos_id, self.stop_ids)
+            write_model(new, *model, *jsons, max_shard_bytes)
             if self.tokenizer is not None:
                 self.tokenizer.save_hf(new)
             if self.chat_template is not None:
                 self.chat_template.save_hf(new)
 
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the LoRA adapters alone as a folder of PEFT's, whole or not at all.
+
+        Raises FileExistsError where the folder is there, ValueError without adapters.
+        """
+        with NewFolder(Path(folder), "folder") as new:
+            write_adapter(new, self.config, self.params, self.origin.name)
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Gives the model the LoRA adapter in a folder of PEFT's.
+
+        Raises FileNotFoundError where there is none, and ValueError where it is of
+        another kind or for another model, or this one has adapters already.
+        """
+        adapter = open_adapter(Path(folder))
+        self.config, self.params = adapter.add_to(self.config, self.params, self.mesh)
+        self._compile()
+
+    def merge_lora(self) -> None:
+        """Adds the adapters to the matrices; the model computes what it did."""
+        self.config, params = merge(self.config, self.params)
+        self.params = jax.device_put(params, parameter_shardings(self.mesh, params))
+        self._compile()
+
     def _info(self) -> dict[str, Any]:
         return {"model": asdict(self.config), "origin": asdict(self.origin)}
-
-    def _released_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns config.json's other keys and generation_config.json.
-
-        What the origin says stays, but for stop ids that it doesn't know.
-        """
-        ids: dict[str, Any] = {}
-        if self.tokenizer is not None and self.tokenizer.bos_id is not None:
-            ids["bos_token_id"] = self.tokenizer.bos_id
-        if stops := list(self.stop_ids):
-            ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-        config_json = ids | dict(self.origin.config_json or {})
-        generation_json = ids | dict(self.origin.generation_json or {})
-        if set(stops) - set(np.atleast_1d(generation_json.get("eos_token_id", []))):
-            generation_json["eos_token_id"] = ids["eos_token_id"]
-        return config_json, generation_json
 
     def _encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):

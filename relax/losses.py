@@ -1,7 +1,7 @@
-"""Losses: pure functions of logprobs, one per formula.
+"""Losses of next-token prediction: pure functions of logprobs, one per formula.
 
-Each returns the sum of a loss and the weight that it is to be divided by, so that
-micro-batches add up to the big batch whatever their masks.
+Each returns a sum over the mask, so that micro-batches add up to the big batch whatever
+their masks. Those of reinforcement learning are in `relax/policy_losses.py`.
 """
 
 import jax.numpy as jnp
@@ -15,6 +15,24 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the sum of -log p(target) in nats over the mask, and the mask's sum."""
     return -jnp.sum(logprobs * loss_mask), jnp.sum(loss_mask)
+
+
+def smoothed_cross_entropy(
+    stats: TokenStats,
+    mean_logits: Float[Array, "B T"],
+    loss_mask: Float[Array, "B T"],
+    epsilon: float,
+) -> Float[Array, ""]:
+    """Returns the sum of (1 - ε)·(-log p(target)) + ε·mean(-log p) over the mask.
+
+    The mean is over the vocabulary: logsumexp less `mean_logits`, which
+    `relax.ops.logprobs.mean_logits` gives.
+
+    Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, section 7.
+    """
+    uniform = stats.logsumexp - mean_logits
+    losses = epsilon * uniform - (1.0 - epsilon) * stats.logprobs
+    return jnp.sum(losses * loss_mask)
 
 
 def z_loss(stats: TokenStats, loss_mask: Float[Array, "B T"]) -> Float[Array, ""]:

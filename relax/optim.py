@@ -157,13 +157,16 @@ _TABLES = ("embed_tokens", "lm_head")
 
 
 def is_matrix(params):
-    """Returns a tree of booleans: weights of projections, embedding and head."""
+    """Returns a tree of booleans: weights of projections, embedding and head.
+
+    The two factors of an adapter are matrices too.
+    """
 
     def decide(path, leaf):
         del leaf
         module, name = _names(path)
         known = module in _MATRIX_INPUT_AXES or module in _TABLES
-        return known and name == "weight"
+        return known and name in ("weight", "lora_a", "lora_b")
 
     return jax.tree_util.tree_map_with_path(decide, params)
 

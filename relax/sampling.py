@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from relax.ops import draws
 from relax.ops import filters as ops
 
 
@@ -158,23 +159,6 @@ _BOUNDS: tuple[tuple[str, Callable, str], ...] = (
 )
 
 
-def check_ids(sampling: SamplingConfig, num_ids: int) -> None:
-    """Raises ValueError for ids that a model of `num_ids` ids never chooses."""
-    for name in ("logit_bias", "stop_token_ids"):
-        values = getattr(sampling, name)
-        for token in dict(values) if name == "logit_bias" else values:
-            if token >= num_ids:
-                raise ValueError(
-                    f"sampling.{name} has the id {token}; the model chooses among "
-                    f"{num_ids} ids: give ids from 0 to {num_ids - 1}"
-                )
-    if sampling.num_top_logprobs > num_ids:
-        raise ValueError(
-            f"sampling.num_top_logprobs={sampling.num_top_logprobs} must be at most "
-            f"{num_ids}, the number of ids that the model chooses among"
-        )
-
-
 class SamplingParams(NamedTuple):
     """The numbers of a SamplingConfig, one per row `[B]`."""
 
@@ -195,6 +179,7 @@ class Filters(NamedTuple):
 
     counted: presence or frequency penalty. sampled: whether any row draws at all.
     constraint: from the text so far to the tokens that may follow, `[B, V]`.
+    keep_support: whether a choice tells among which tokens it was drawn.
     """
 
     top_k: bool
@@ -208,6 +193,7 @@ class Filters(NamedTuple):
     sampled: bool
     num_top_logprobs: int = 0
     constraint: "Callable[[TextState], Bool[Array, 'B V']] | None" = None
+    keep_support: bool = False
 
 
 class TextState(NamedTuple):
@@ -230,6 +216,7 @@ class Choice(NamedTuple):
     logprobs: under the full softmax at temperature 1. sampled_logprobs: under the
     distribution drawn from (0 for a greedy choice). top_ids, top_logprobs: the most
     likely of the ids that can be chosen, and their logprobs under the full softmax.
+    support: a bit for each id that could be drawn, no byte without keep_support.
     """
 
     tokens: Int[Array, "B"]
@@ -237,10 +224,13 @@ class Choice(NamedTuple):
     sampled_logprobs: Float[Array, "B"]
     top_ids: Int[Array, "B n"]
     top_logprobs: Float[Array, "B n"]
+    support: UInt8[Array, "B bytes"]
 
 
 def sampling_params(
-    configs: list[SamplingConfig], constraint: Callable | None = None
+    configs: list[SamplingConfig],
+    constraint: Callable | None = None,
+    keep_support: bool = False,
 ) -> tuple[SamplingParams, Filters]:
     """Returns the rows' numbers and which filters they need.
 
@@ -264,6 +254,7 @@ def sampling_params(
         sampled=any(c.temperature > 0 for c in configs),
         num_top_logprobs=max((c.num_top_logprobs for c in configs), default=0),
         constraint=constraint,
+        keep_support=keep_support,
     )
     return params, filters
 
@@ -379,22 +370,27 @@ def choose_tokens(
     shaped = process_logits(
         logits, state, params, filters, logit_bias, stop_ids, num_ids
     )
-    tokens = jnp.argmax(shaped, axis=-1)
+    tokens = draws.most_likely(shaped)
     sampled_logprobs = jnp.zeros(tokens.shape, jnp.float32)
+    possible = jnp.arange(shaped.shape[-1]) == tokens[:, None]
     if filters.sampled:
         warped = warp_logits(shaped, params, filters)
         keys = jax.vmap(jax.random.fold_in)(keys, state.lengths)
-        drawn = jax.vmap(jax.random.categorical)(keys, warped)
-        drawn_logprobs = _at(jax.nn.log_softmax(warped, axis=-1), drawn)
+        drawn = draws.draw_tokens(keys, warped)
         is_greedy = params.temperature == 0
         tokens = jnp.where(is_greedy, tokens, drawn)
+        drawn_logprobs = draws.logprobs_at(warped, drawn)
         sampled_logprobs = jnp.where(is_greedy, 0.0, drawn_logprobs)
+        possible = jnp.where(is_greedy[:, None], possible, warped > -jnp.inf)
+    bytes_kept = None if filters.keep_support else 0
+    support = draws.pack_support(possible)[:, :bytes_kept]
+    logprobs = draws.logprobs_at(logits, tokens)
+    top_ids, top_logprobs = _alternatives(logits, num_ids, filters.num_top_logprobs)
+    tokens = tokens.astype(jnp.int32)
+    return Choice(tokens, logprobs, sampled_logprobs, top_ids, top_logprobs, support)
+
+
+def _alternatives(logits, num_ids: int, count: int):
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    known = ops.keep_first(logprobs, num_ids)
-    top_logprobs, top_ids = jax.lax.top_k(known, filters.num_top_logprobs)
-    chosen = tokens.astype(jnp.int32), _at(logprobs, tokens), sampled_logprobs
-    return Choice(*chosen, top_ids, top_logprobs)
-
-
-def _at(values, tokens):
-    return jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
+    top_logprobs, top_ids = jax.lax.top_k(ops.keep_first(logprobs, num_ids), count)
+    return top_ids, top_logprobs

@@ -28,7 +28,8 @@ LOGICAL_AXES = {
 class Rule(NamedTuple):
     """Logical axes of the parameters whose path (below the layer) matches `pattern`.
 
-    `optional` rules are for parameters that a model may lack (biases, an untied head).
+    `optional` rules are for parameters that a model may lack (biases, an untied head,
+    adapters).
     """
 
     pattern: str
@@ -50,6 +51,15 @@ RULES = (
     Rule(r"mlp/(gate|up)_proj/bias", ("mlp",), optional=True),
     Rule(r"mlp/down_proj/weight", ("mlp", "embed")),
     Rule(r"mlp/down_proj/bias", (None,), optional=True),
+    # A row-parallel matrix splits LoRA's A, a column-parallel one its B.
+    Rule(r"self_attn/[qkv]_proj/lora_a", ("embed", None), optional=True),
+    Rule(r"self_attn/q_proj/lora_b", (None, "heads", None), optional=True),
+    Rule(r"self_attn/[kv]_proj/lora_b", (None, "kv_heads", None), optional=True),
+    Rule(r"self_attn/o_proj/lora_a", ("heads", None, None), optional=True),
+    Rule(r"mlp/(gate|up)_proj/lora_a", ("embed", None), optional=True),
+    Rule(r"mlp/(gate|up)_proj/lora_b", (None, "mlp"), optional=True),
+    Rule(r"mlp/down_proj/lora_a", ("mlp", None), optional=True),
+    Rule(r"(self_attn/o|mlp/down)_proj/lora_b", (None, "embed"), optional=True),
     Rule(r"(input|post_attention)_layernorm/weight", (None,)),
     Rule(r"norm/weight", (None,)),
 )

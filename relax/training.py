@@ -1,13 +1,14 @@
 """A training run, from composed config to its last checkpoint."""
 
+import contextlib
 import importlib.metadata
 import logging
 import shutil
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,40 +17,84 @@ from relax.build import (
     abstract_train_state,
     checkpoint_info,
     init_train_state,
+    load,
+    train_state_from,
     with_vocabulary,
 )
 from relax.checkpoints.native import RunCheckpoints, resolve_run
+from relax.checkpoints.pretrained import Origin
 from relax.config import load_config, override, save_config, to_dataclass
+from relax.data.corpora import KINDS as CORPORA
 from relax.data.corpora import DataConfig
+from relax.data.records import RecordsConfig
+from relax.data.sources import SOURCES
+from relax.language_model import LanguageModel
 from relax.model.config import LlamaConfig
+from relax.model.lora import NO_LORA
 from relax.model.parameters import parameter_count
 from relax.optim import OptimizerConfig, make_optimizer
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
 from relax.sharding import MeshConfig, make_mesh
+from relax.text.chat import ending_ids, load_template, named_template
 from relax.text.tokenizers import TokenizerConfig, load_tokenizer, make_tokenizer
 from relax.tracking.config import LoggerConfig
 from relax.tracking.tracker import Tracker
-from relax.trainers import pretrain
-from relax.trainers.config import LoopConfig, PretrainConfig, Setup
-from relax.trainers.loop import Loop
+from relax.trainers import grpo, pretrain, sft
+from relax.trainers.config import LoopConfig, PretrainConfig, Setup, SFTConfig
+from relax.trainers.grpo_config import GRPOConfig
+from relax.trainers.loop import Loop, Task
 
 logger = logging.getLogger(__name__)
 
-TRAINERS = {"pretrain": (PretrainConfig, pretrain.make_task)}
 CONFIG_FILE = "config.yaml"
+
+
+class Trainer(NamedTuple):
+    """A way of training: its config, what makes its task, and the data it takes."""
+
+    config: type[LoopConfig]
+    make_task: Callable[[Setup], Task]
+    data: Mapping[str, type]
+    inspect: Callable[[Setup], None] | None = None
+
+
+_CORPORA = dict.fromkeys(CORPORA, DataConfig)
+_RECORDS = {kind: source[0] for kind, source in SOURCES.items()}
+TRAINERS = {
+    "pretrain": Trainer(PretrainConfig, pretrain.make_task, _CORPORA),
+    "sft": Trainer(SFTConfig, sft.make_task, _RECORDS, sft.inspect),
+    "grpo": Trainer(GRPOConfig, grpo.make_task, _RECORDS, grpo.inspect),
+}
+# What a model that is trained on keeps of its checkpoint is its shape; how it is
+# trained and run is said by the config.
+_OWN_FIELDS = (
+    "dropout",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "param_dtype",
+    "compute_dtype",
+    "scan_layers",
+    "remat",
+    "attention",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The values outside the groups.
 
-    seed: of parameters, order of data, dropout and samples. resume: the run to go on
-    with, None for a new one. run_folder: a new run's.
+    seed: of parameters, order of data, dropout and samples. init: the checkpoint that a
+    new run starts from, as `relax.load` takes it, with its tokenizer and template;
+    None: from scratch. resume: the run to go on with, None for a new one. run_folder: a
+    new run's.
     """
 
     name: str
     seed: int
+    init: str | None
     resume: str | None
     run_folder: str
 
@@ -66,7 +111,7 @@ class TrainingConfigs:
 
     run: RunConfig
     model: LlamaConfig
-    data: DataConfig
+    data: DataConfig | RecordsConfig
     tokenizer: TokenizerConfig
     trainer: LoopConfig
     optimizer: OptimizerConfig
@@ -78,7 +123,6 @@ class TrainingConfigs:
 
 _GROUPS = {
     "model": LlamaConfig,
-    "data": DataConfig,
     "tokenizer": TokenizerConfig,
     "optimizer": OptimizerConfig,
     "sampling": SamplingConfig,
@@ -90,7 +134,7 @@ _GROUPS = {
 
 def typed(config: Mapping[str, Any]) -> TrainingConfigs:
     """Returns the composed config as dataclasses; raises ValueError naming the path."""
-    for name in ("trainer", *_GROUPS):
+    for name in ("trainer", "data", *_GROUPS):
         if not isinstance(config.get(name), Mapping):
             raise ValueError(f"{name} is missing; choose a file of conf/{name}")
     kind = config["trainer"].get("kind")
@@ -98,7 +142,13 @@ def typed(config: Mapping[str, Any]) -> TrainingConfigs:
         raise ValueError(
             f"trainer.kind={kind!r} is unknown; choose one of {', '.join(TRAINERS)}"
         )
-    classes = {**_GROUPS, "trainer": TRAINERS[kind][0]}
+    trainer, data = TRAINERS[kind], config["data"].get("kind")
+    if data not in trainer.data:
+        raise ValueError(
+            f"data.kind={data!r} is nothing that trainer={kind} takes; choose one of "
+            f"{', '.join(trainer.data)}"
+        )
+    classes = {**_GROUPS, "trainer": trainer.config, "data": trainer.data[data]}
     values = {name: value for name, value in config.items() if name not in classes}
     groups = {
         name: to_dataclass(group, config[name], name) for name, group in classes.items()
@@ -114,18 +164,32 @@ def start(config: Mapping[str, Any]) -> None:
     """
     configs = typed(config)
     configure(configs.runtime)
+    make_optimizer(configs.optimizer, configs.trainer.num_steps)  # checks the schedule
+    trainer = TRAINERS[configs.trainer.kind]
+    base = _load_base(configs)
+    setup, origin = _new_setup(configs, base)
+    if getattr(configs.data, "inspect", False):
+        trainer.inspect(setup)
+        return
     folder = make_run_folder(Path(configs.run.run_folder))
     try:
+        config = {**config, "model": _plain(asdict(setup.model))}
         _write_provenance(config, folder)
-        setup = _setup(configs, make_tokenizer(configs.tokenizer))
+        setup = setup._replace(folder=folder)
         setup.tokenizer.save(folder / TOKENIZER_FOLDER)
-        task = TRAINERS[configs.trainer.kind][1](setup)
+        if setup.template is not None:
+            setup.template.save(folder / TOKENIZER_FOLDER)
+        task = trainer.make_task(setup)
         optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
-        state = init_train_state(setup.model, optimizer, setup.mesh, setup.seed)
+        places = optimizer, setup.mesh, setup.seed, task.extra
+        if base is None:
+            state = init_train_state(setup.model, *places)
+        else:
+            state = train_state_from(setup.model, base.params, *places)
     except BaseException:
         shutil.rmtree(folder)  # nothing but what was just written
         raise
-    _train(configs, config, setup, task, folder, state)
+    _train(configs, config, setup, task, origin, state)
 
 
 def resume(reference: str, changes: Mapping[str, Any]) -> None:
@@ -136,22 +200,11 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
     checkpoint, and ValueError, the run left as it was, where it can't go on.
     """
     folder, name = resolve_run(reference, option="resume")
-    if "run_folder" in changes:
-        raise ValueError(
-            f"run_folder={changes['run_folder']}: a resumed run goes on in its own "
-            f"folder, {folder}; resume a copy of it to keep the original"
-        )
-    if fixed := [path for path in changes if path.startswith("tokenizer.")]:
-        raise ValueError(
-            f"{fixed[0]}={changes[fixed[0]]}: a resumed run keeps its tokenizer; start "
-            "a new run for another"
-        )
+    _check_changes(changes, folder)
     config = override(load_config(folder / CONFIG_FILE), changes)
+    config = {**config, "model": NO_LORA | config["model"]}
     configs = typed(config)
     configure(configs.runtime)
-    setup = _setup(configs, load_tokenizer(folder / TOKENIZER_FOLDER))
-    task = TRAINERS[configs.trainer.kind][1](setup)
-    optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
     with RunCheckpoints(folder, keep_last=configs.trainer.keep_last) as checkpoints:
         # The best step is what `resolve_run` says where the reference names none.
         named = name != "best" or reference.endswith("@best")
@@ -162,30 +215,95 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
                 f"{configs.trainer.num_steps}: nothing is left; raise "
                 "trainer.num_steps to go on"
             )
-        abstract = abstract_train_state(setup.model, optimizer, setup.mesh)
+        info = checkpoints.info(step)
+        origin = Origin(**info.get("origin", {}))
+        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+        template = load_template(folder / TOKENIZER_FOLDER, tokenizer)
+        setup = _setup(configs, configs.model, tokenizer, template, origin)
+        setup = setup._replace(folder=folder)
+        task = TRAINERS[configs.trainer.kind].make_task(setup)
+        optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
+        abstract = abstract_train_state(setup.model, optimizer, setup.mesh, task.extra)
         state = checkpoints.restore(step, abstract)
         checkpoints.delete_after(step)
+    progress = info.get("progress", {})
+    task.restore(progress)
     if changes:
         save_config(config, folder / CONFIG_FILE)
-    _train(configs, config, setup, task, folder, state)
+    _train(configs, config, setup, task, origin, state, progress.get("num_tokens", 0))
 
 
-def _setup(configs: TrainingConfigs, tokenizer) -> Setup:
+def _check_changes(changes: Mapping[str, Any], folder: Path) -> None:
+    if "run_folder" in changes:
+        raise ValueError(
+            f"run_folder={changes['run_folder']}: a resumed run goes on in its own "
+            f"folder, {folder}; resume a copy of it to keep the original"
+        )
+    for group, what in (("tokenizer", "tokenizer"), ("init", "starting point")):
+        if fixed := [p for p in changes if p == group or p.startswith(f"{group}.")]:
+            raise ValueError(
+                f"{fixed[0]}={changes[fixed[0]]}: a resumed run keeps its {what}; "
+                "start a new run for another"
+            )
+
+
+def _load_base(configs: TrainingConfigs) -> LanguageModel | None:
+    """Returns the model that `init` names, its adapters merged, or None."""
+    if configs.run.init is None:
+        return None
+    model = load(
+        configs.run.init,
+        configs.mesh,
+        dtype=configs.model.param_dtype,
+        scan_layers=configs.model.scan_layers,
+    )
+    model.merge_lora()
+    if model.tokenizer is None:
+        raise ValueError(
+            f"init={configs.run.init} holds no tokenizer; put its tokenizer.json or "
+            "tokenizer.model into the folder"
+        )
+    return model
+
+
+def _new_setup(
+    configs: TrainingConfigs, base: LanguageModel | None
+) -> tuple[Setup, Origin]:
+    """Returns the setup of a new run, from scratch or from a trained model."""
+    if base is None:
+        tokenizer, origin = make_tokenizer(configs.tokenizer), Origin()
+        model = with_vocabulary(configs.model, tokenizer)
+        return _setup(configs, model, tokenizer, None, origin), origin
+    own = {name: getattr(configs.model, name) for name in _OWN_FIELDS}
+    model = replace(base.config, **own)
+    setup = _setup(configs, model, base.tokenizer, base.chat_template, base.origin)
+    return setup, base.origin
+
+
+def _setup(configs: TrainingConfigs, model, tokenizer, template, origin) -> Setup:
+    named = getattr(configs.data, "template", None)
+    if named is not None:
+        template = named_template(named, tokenizer, "data.template")
     return Setup(
         trainer=configs.trainer,
-        model=with_vocabulary(configs.model, tokenizer),
+        model=model,
         optimizer=configs.optimizer,
         sampling=configs.sampling,
         data=configs.data,
         tokenizer=tokenizer,
         mesh=make_mesh(configs.mesh),
         seed=configs.run.seed,
+        template=template,
+        stop_ids=ending_ids(origin.stop_ids, tokenizer, template),
     )
 
 
-def _train(configs, config, setup: Setup, task, folder: Path, state) -> None:
-    step, total = int(state.step), configs.trainer.num_steps
+def _train(
+    configs, config, setup: Setup, task: Task, origin: Origin, state, num_tokens=0
+) -> None:
+    step, total, folder = int(state.step), configs.trainer.num_steps, setup.folder
     with (
+        contextlib.closing(task),
         RunCheckpoints(folder, keep_last=configs.trainer.keep_last) as checkpoints,
         Tracker(
             folder, config, configs.logger, configs.run.name, total, start_step=step
@@ -195,11 +313,17 @@ def _train(configs, config, setup: Setup, task, folder: Path, state) -> None:
             f"{parameter_count(setup.model):,} parameters on {setup.mesh.size} "
             f"{jax.default_backend()} device(s), steps {step} to {total}, in {folder}"
         )
-        info = checkpoint_info(setup.model)
-        Loop(configs.trainer, task, setup.mesh, checkpoints, tracker, folder, info).run(
-            state
-        )
+        info = checkpoint_info(setup.model, origin)
+        places = setup.mesh, checkpoints, tracker, folder, info, num_tokens
+        Loop(configs.trainer, task, *places).run(state)
         tracker.message(f"done: python infer.py checkpoint={folder}")
+
+
+def _plain(value: Any) -> Any:
+    """Returns nested values with lists for tuples, as YAML has them."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def make_run_folder(wanted: Path) -> Path:

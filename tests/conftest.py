@@ -108,4 +108,9 @@ _TINY = {
     "scan_layers": True,
     "remat": "none",
     "attention": "auto",
+    "lora_rank": 0,
+    "lora_alpha": 16.0,
+    "lora_dropout": 0.0,
+    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")
+    + ("gate_proj", "up_proj", "down_proj"),
 }

@@ -17,20 +17,23 @@ SOURCES = {
     ]
 }
 
-ALONE = ("ops", "optim", "sharding", "data", "text", "tracking")
-PARTS = {*ALONE, "losses", "sampling", "model", "generation", "steps", "checkpoints"}
+ALONE = ("ops", "optim", "sharding", "data", "rewards", "text", "tracking")
+LOSSES = {"losses", "policy_losses", "advantages"}
+PARTS = {*ALONE, *LOSSES, "sampling", "model", "generation", "steps", "checkpoints"}
 # Room -> the rooms that it may import besides itself; "relax" is the public API.
 ROOMS = {
     **{room: set() for room in (*ALONE, "runtime", "config")},
+    **{room: set() for room in ("policy_losses", "advantages")},
     **{room: {"ops"} for room in ("model", "losses", "sampling")},
     "generation": {"model", "sampling", "ops", "sharding", "text"},
-    "steps": {"losses", "ops"},
+    "steps": {"losses", "policy_losses", "model", "ops"},
     "checkpoints": {"model", "ops", "sharding"},
-    "language_model": PARTS - {"data", "losses", "optim", "tracking"},
+    "language_model": PARTS - LOSSES - {"data", "optim", "rewards", "tracking"},
     "trainers": PARTS,
     "tasks": PARTS | {"language_model"},
     "build": PARTS | {"language_model", "config"},
-    "training": PARTS | {"build", "config", "runtime", "trainers"},
+    "training": PARTS
+    | {"build", "config", "runtime", "language_model", "trainers"},
     "inference": PARTS | {"build", "config", "runtime", "language_model", "tasks"},
     "cli": {"trainers"},
     "relax": {"build", "language_model", "sampling"},
@@ -43,6 +46,7 @@ LIBRARIES = {
     "omegaconf": ["relax/config.py"],
     "hydra": PROGRAMS,
     "wandb": ["relax/tracking/wandb_logger.py"],
+    "pebble": ["relax/rewards/scorer.py"],
     "experiments": [],
     "tests": [],
 }

@@ -1,12 +1,12 @@
-"""Losses against numbers worked out by hand."""
+"""Losses against numbers worked out by hand, and against torch's."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses import cross_entropy, z_loss
-from relax.ops.logprobs import TokenStats
+from relax.losses import cross_entropy, smoothed_cross_entropy, z_loss
+from relax.ops.logprobs import TokenStats, mean_logits, token_stats
 
 MASK = jnp.array([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
 
@@ -44,3 +44,43 @@ def test_z_loss_pulls_the_log_normaliser_to_zero():
     logsumexp = jnp.array([[3.0, 5.0, -1.0], [2.0, 0.0, 7.0]])
     gradient = jax.grad(lambda values: z_loss(stats_with(values), MASK))(logsumexp)
     np.testing.assert_array_equal(gradient, [[6.0, 0.0, -2.0], [2.0, 0.0, 0.0]])
+
+
+def test_label_smoothing_by_hand():
+    # Logits ln 1, ln 2, ln 5: -log p are ln 8, ln 4, ln 1.6, and their mean is that of
+    # ln 51.2 / 3; the target is the last.
+    logits = jnp.log(jnp.array([1.0, 2.0, 5.0]))
+    logsumexp, target = jnp.full((1, 2), np.log(8.0)), jnp.full((1, 2), np.log(0.625))
+    stats = stats_with(logsumexp)._replace(logprobs=target)
+    means = jnp.full((1, 2), jnp.mean(logits))
+    for epsilon in (0.0, 0.1, 1.0):
+        loss = smoothed_cross_entropy(stats, means, jnp.array([[1.0, 0.0]]), epsilon)
+        expected = (1 - epsilon) * np.log(1.6) + epsilon * np.log(51.2) / 3
+        assert float(loss) == pytest.approx(expected, abs=1e-6)
+
+
+def test_label_smoothing_equals_that_of_torch():
+    torch = pytest.importorskip("torch")
+    B, T, D, V, rows, epsilon = 2, 3, 5, 11, 13, 0.1
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, T, D)).astype(np.float32)
+    table = rng.normal(size=(rows, D)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T))
+
+    def loss_fn(hidden, table):
+        stats = token_stats(hidden, table, jnp.asarray(targets), V)
+        means = mean_logits(hidden, table, V)
+        return smoothed_cross_entropy(stats, means, MASK > 0, epsilon)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1)))
+    loss, grads = value_and_grad(jnp.asarray(hidden), jnp.asarray(table))
+    arrays = [torch.tensor(x, requires_grad=True) for x in (hidden, table)]
+    logits = (arrays[0] @ arrays[1][:V].T).reshape(-1, V)
+    labels = torch.tensor(np.where(MASK > 0, targets, -100).reshape(-1))
+    theirs = torch.nn.functional.cross_entropy(
+        logits, labels, label_smoothing=epsilon, reduction="sum"
+    )
+    theirs.backward()
+    assert float(loss) == pytest.approx(theirs.item(), rel=1e-6)
+    for ours, array in zip(grads, arrays, strict=True):
+        np.testing.assert_allclose(ours, array.grad, rtol=0, atol=2e-6)

@@ -53,6 +53,20 @@ SPECS = {
     "mlp/gate_proj/bias": ["tensor"],
     "mlp/up_proj/bias": ["tensor"],
     "mlp/down_proj/bias": [None],
+    "self_attn/q_proj/lora_a": ["fsdp", None],
+    "self_attn/k_proj/lora_a": ["fsdp", None],
+    "self_attn/v_proj/lora_a": ["fsdp", None],
+    "self_attn/o_proj/lora_a": ["tensor", None, None],
+    "mlp/gate_proj/lora_a": ["fsdp", None],
+    "mlp/up_proj/lora_a": ["fsdp", None],
+    "mlp/down_proj/lora_a": ["tensor", None],
+    "self_attn/q_proj/lora_b": [None, "tensor", None],
+    "self_attn/k_proj/lora_b": [None, "tensor", None],
+    "self_attn/v_proj/lora_b": [None, "tensor", None],
+    "self_attn/o_proj/lora_b": [None, "fsdp"],
+    "mlp/gate_proj/lora_b": [None, "tensor"],
+    "mlp/up_proj/lora_b": [None, "tensor"],
+    "mlp/down_proj/lora_b": [None, "fsdp"],
 }
 OUTSIDE = {
     "llama/embed_tokens/weight": P("tensor", "fsdp"),
@@ -68,12 +82,13 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
 
 @pytest.fixture(scope="module")
 def shapes(make_config):
-    return parameter_shapes(make_config(**ALL_OPTIONS))
+    return parameter_shapes(make_config(**ALL_OPTIONS, lora_rank=5))
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_parameter_has_its_place(scan_layers, make_config):
-    shapes = parameter_shapes(make_config(**ALL_OPTIONS, scan_layers=scan_layers))
+    config = make_config(**ALL_OPTIONS, lora_rank=5, scan_layers=scan_layers)
+    shapes = parameter_shapes(config)
     placed = dict(flat_parameters(parameter_shardings(mesh_of(2, 2, 2), shapes)))
     if scan_layers:
         layers = {f"llama/layers/block/{k}": P(None, *v) for k, v in SPECS.items()}

@@ -12,6 +12,7 @@ import pytest
 from relax.model.llama import make_llama
 from relax.ops.dropout import dropout as ops_dropout
 from relax.steps import (
+    Aux,
     init_state,
     make_eval_step,
     make_language_model_loss,
@@ -28,8 +29,9 @@ class Output(NamedTuple):
     unembedding: jax.Array
 
 
-def bigram(params, tokens, *, dropout=0.0, segment_ids=None, dropout_key=None):
+def bigram(params, tokens, *, dropout=0.0, dropout_key=None, **unused):
     """A model that compiles in no time: a token's logits depend on it alone."""
+    params = params["bigram"]
     hidden = jnp.tanh(params["embed"][tokens] @ params["square"])
     return Output(ops_dropout(hidden, dropout, dropout_key), params["head"])
 
@@ -42,10 +44,11 @@ def bigram_params():
         "square": (WIDTH, WIDTH),
         "head": (VOCABULARY, WIDTH),
     }
-    return {
+    weights = {
         name: jnp.asarray(rng.normal(size=shape), jnp.float32)
         for name, shape in shapes.items()
     }
+    return {"bigram": weights}
 
 
 def loss_of(dropout: float = 0.0, z_loss_weight: float = 0.0):
@@ -108,11 +111,12 @@ def test_metrics_are_means_over_the_mask(logits):
     chosen = jnp.take_along_axis(logprobs, batch["targets"][..., None], -1)[..., 0]
     correct = logits.argmax(-1) == batch["targets"]
     assert metrics["loss"][0] == pytest.approx(-(chosen * mask).sum() / mask.sum())
-    assert metrics["accuracy"][0] == pytest.approx((correct * mask).sum() / mask.sum())
+    accuracy = (correct * mask).sum() / mask.sum()
+    assert metrics["mean_token_accuracy"][0] == pytest.approx(accuracy)
     leaves = jax.tree.leaves(state.params)
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in leaves))
     assert metrics["param_norm"][0] == pytest.approx(norm)
-    assert set(metrics) == {"loss", "accuracy", "grad_norm", "param_norm"}
+    assert set(metrics) == {"loss", "mean_token_accuracy", "grad_norm", "param_norm"}
     assert {value.shape for value in metrics.values()} == {(1,)}
 
 
@@ -120,7 +124,7 @@ def test_a_step_goes_down_the_gradient_of_the_mean():
     loss_fn, batch = loss_of(), one_batch(random_batches())
 
     def mean(params):
-        loss, sums = loss_fn(params, batch, None)
+        loss, (sums, _) = loss_fn(params, batch, None)
         return loss / sums["weight"]
 
     before = bigram_params()
@@ -145,9 +149,9 @@ def test_a_mean_of_means_would_be_caught():
     loss_fn = loss_of()
 
     def mean_loss(params, batch, key):
-        loss, sums = loss_fn(params, batch, key)
+        loss, (sums, _) = loss_fn(params, batch, key)
         weight = jnp.maximum(sums["weight"], 1.0)
-        return loss / weight, {"loss": loss / weight, "weight": jnp.ones(())}
+        return loss / weight, Aux({"loss": loss / weight, "weight": jnp.ones(())})
 
     whole, whole_metrics = run(mean_loss, random_batches())
     parts, metrics = run(mean_loss, random_batches(), accumulation=4)
@@ -191,12 +195,14 @@ def drawn_numbers(seed: int, steps: int, accumulation: int) -> np.ndarray:
     def loss_fn(params, batch, key):
         part = batch["part"][0]
         drawn = jnp.zeros(accumulation).at[part].set(jax.random.uniform(key))
-        return jnp.sum(params), {"drawn": drawn, "weight": jnp.ones(()) / accumulation}
+        sums = {"drawn": drawn, "weight": jnp.ones(()) / accumulation}
+        return jnp.sum(params["one"]["w"]), Aux(sums)
 
     rows = jnp.arange(ROWS) % accumulation
     batches = {"part": jnp.broadcast_to(rows, (steps, ROWS))}
     step = make_train_step(loss_fn, SGD, seed=seed, accumulation=accumulation)
-    _, metrics = step(init_state(jnp.zeros(2), SGD), batches)
+    params = {"one": {"w": jnp.zeros(2)}}
+    _, metrics = step(init_state(params, SGD), batches)
     return np.asarray(metrics["drawn"])
 
 
@@ -236,7 +242,7 @@ def test_the_loss_of_one_batch_falls_to_nearly_nothing(make_config):
     _, metrics = step(init_state(params, optimizer), batches)
     assert metrics["loss"][0] > 3.0
     assert metrics["loss"][-1] < 0.05
-    assert metrics["accuracy"][-1] == pytest.approx(1.0)
+    assert metrics["mean_token_accuracy"][-1] == pytest.approx(1.0)
 
 
 def test_z_loss_adds_its_gradient():
@@ -265,7 +271,7 @@ def test_eval_sums_add_up_over_the_rows():
     halves = [jax.tree.map(lambda x, s=s: x[s::2], batch) for s in (0, 1)]
     parts = [step(params, half) for half in halves]
     whole = step(params, batch)
-    assert set(whole) == {"loss", "weight", "accuracy"}
+    assert set(whole) == {"loss", "weight", "mean_token_accuracy"}
     assert_close(jax.tree.map(jnp.add, *parts), whole, rtol=1e-5)
 
 

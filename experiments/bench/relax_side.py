@@ -68,6 +68,15 @@ class TrainStep:
         )
 
     @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the state, and of all that a step needs besides."""
+        state = sum(leaf.nbytes for leaf in jax.tree.leaves(self._state))
+        asked = self._compiled.memory_analysis()
+        whole = asked.argument_size_in_bytes + asked.temp_size_in_bytes
+        new = asked.output_size_in_bytes - asked.alias_size_in_bytes
+        return state, whole + new - state
+
+    @property
     def program(self) -> str:
         """The optimised HLO of a step."""
         return self._compiled.as_text()

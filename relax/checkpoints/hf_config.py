@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from relax.model.config import LlamaConfig
+from relax.model.lora import NO_LORA
 from relax.ops.feed_forward import ACTIVATIONS
 from relax.ops.rope import KINDS
 
@@ -115,7 +116,10 @@ _DISTINCTIVE = (
     _ORIGINAL,
 )
 # What no config.json says: how a model is held and run.
-_OURS = {"dropout", "param_dtype", "compute_dtype", "scan_layers", "remat", "attention"}
+_OURS = {
+    *("dropout", "param_dtype", "compute_dtype", "scan_layers", "remat", "attention"),
+    *NO_LORA,
+}
 
 
 def read_config(raw: Mapping[str, Any], source: str, dtype: str) -> LlamaConfig:
@@ -181,7 +185,7 @@ def _read(raw: Mapping[str, Any], dtype: str) -> LlamaConfig:
         "remat": "none",
         "attention": "auto",
     }
-    return LlamaConfig(**fields, **_read_rope(values))
+    return LlamaConfig(**fields, **NO_LORA, **_read_rope(values))
 
 
 def _family(raw: Mapping[str, Any]) -> str:

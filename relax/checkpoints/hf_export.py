@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from relax.checkpoints.hf_config import Json, write_config
 from relax.checkpoints.names import Leaf, leaves
-from relax.checkpoints.pretrained import CONFIG, GENERATION_CONFIG
+from relax.checkpoints.pretrained import CONFIG, GENERATION_CONFIG, Origin
 from relax.checkpoints.progress import Progress
 from relax.checkpoints.tensors import SAFETENSORS
 from relax.model.config import LlamaConfig
@@ -74,6 +74,23 @@ class NewFolder:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
+def released_json(
+    origin: Origin, bos_id: int | None, stop_ids: Sequence[int]
+) -> tuple[Json, Json]:
+    """Returns config.json's other keys and generation_config.json.
+
+    What the origin says stays, but for stop ids that it doesn't know.
+    """
+    ids: Json = {} if bos_id is None else {"bos_token_id": bos_id}
+    if stops := list(stop_ids):
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    config_json = ids | dict(origin.config_json or {})
+    generation_json = ids | dict(origin.generation_json or {})
+    if set(stops) - set(np.atleast_1d(generation_json.get("eos_token_id", []))):
+        generation_json["eos_token_id"] = ids["eos_token_id"]
+    return config_json, generation_json
+
+
 def _write_weights(
     folder: Path, config: LlamaConfig, params: Params, max_shard_bytes: int
 ) -> None:
@@ -89,7 +106,7 @@ def _write_weights(
             stem = SAFETENSORS.removesuffix(".safetensors")
             name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {
-            theirs: _tensor(config, params, leaf, layer)
+            theirs: host_tensor(config, params, leaf, layer)
             for theirs, leaf, layer in shard
         }
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -132,10 +149,10 @@ def _forward_order(entry: tuple[str, Leaf, int | None]) -> tuple[int, int, str]:
     return ends.get(theirs, 1), layer, theirs
 
 
-def _tensor(
+def host_tensor(
     config: LlamaConfig, params: Params, leaf: Leaf, layer: int | None
 ) -> np.ndarray:
-    """Returns one tensor as the files hold it, on the host."""
+    """Returns one tensor as the files hold it, on the host; layer: of a stacked one."""
     array = params[leaf.module][leaf.name]
     numbers = np.asarray(array if layer is None else array[layer])
     if leaf.is_table:

@@ -14,7 +14,7 @@ from relax.checkpoints.names import IGNORED, Leaf, leaves
 from relax.checkpoints.progress import Progress
 from relax.checkpoints.tensors import Tensor, Tensors
 from relax.model.config import LlamaConfig
-from relax.model.parameters import Params, parameter_count
+from relax.model.parameters import Params
 
 _PIECE_BYTES = 2**24
 
@@ -28,15 +28,24 @@ def load_params(
     the tensors have. Raises ValueError, before any number is read, for tensors that are
     missing, unknown or of another shape.
     """
-    wanted = list(leaves(config, source))
+    return load_leaves(config, tensors, shardings, list(leaves(config, source)))
+
+
+def load_leaves(
+    config: LlamaConfig, tensors: Tensors, shardings: Any, wanted: list[Leaf]
+) -> Params:
+    """Returns the parameters `wanted` alone, those that `tensors` hold; as above."""
     check_tensors(config, tensors, wanted)
-    progress, params = Progress("read", parameter_count(config)), {}
-    for leaf in wanted:
+    sizes = [
+        len(leaf.names) * math.prod(leaf.their_shape(config.vocab_size))
+        for leaf in wanted
+    ]
+    progress, params = Progress("read", sum(sizes)), {}
+    for leaf, size in zip(wanted, sizes, strict=True):
         sharding = shardings[leaf.module][leaf.name]
         array = _load_leaf(config, tensors, leaf, sharding)
         params.setdefault(leaf.module, {})[leaf.name] = array
-        size = math.prod(leaf.their_shape(config.vocab_size))
-        progress.add(len(leaf.names) * size)
+        progress.add(size)
     return params
 
 

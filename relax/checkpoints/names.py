@@ -41,6 +41,9 @@ OTHER_NAMES = (
 )
 _LAYER_PREFIX = {"hf": "model.layers.{}.", "meta": "layers.{}."}
 _LAYER = re.compile(r"llama/layers(?:_(\d+))?/block/")
+# An adapter's factors in PEFT's files.
+_PARAMETERS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_PEFT_PREFIX = "base_model.model."
 # Buffers that old files hold beside the parameters.
 IGNORED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs)")
 
@@ -91,10 +94,19 @@ def leaves(config: LlamaConfig, source: str = "hf") -> Iterator[Leaf]:
             module,
             name,
             leaf.shape[1:] if stacked else leaf.shape,
-            tuple(f"{theirs}.{name}" for theirs in names),
+            tuple(f"{theirs}.{_PARAMETERS.get(name, name)}" for theirs in names),
             stacked,
-            _input_axes(module) if name == "weight" else 0,
+            _input_axes(module, name),
         )
+
+
+def adapter_leaves(config: LlamaConfig) -> list[Leaf]:
+    """Returns the arrays of a model's adapters, with their names in PEFT's files."""
+    return [
+        leaf._replace(names=tuple(_PEFT_PREFIX + theirs for theirs in leaf.names))
+        for leaf in leaves(config)
+        if leaf.name in _PARAMETERS
+    ]
 
 
 def _theirs(table: tuple[Name, ...], ours: str, source: str) -> str:
@@ -102,7 +114,9 @@ def _theirs(table: tuple[Name, ...], ours: str, source: str) -> str:
     return getattr(entry, source)
 
 
-def _input_axes(module: str) -> int:
-    if not module.endswith("_proj"):
+def _input_axes(module: str, name: str) -> int:
+    if not module.endswith("_proj") or name == "bias":
         return 0
+    if name == "lora_b":  # the rank goes in
+        return 1
     return 2 if module.endswith("o_proj") else 1

@@ -1,5 +1,6 @@
 """Released checkpoints: a Hugging Face folder, a hub id, or Meta's original folder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,20 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 AUTO = "auto"
 RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint said besides its model, kept for the next one.
+
+    stop_ids end a text. config_json, generation_json: of the released folder that the
+    model came from (None for a model trained here). name: how that folder was called.
+    """
+
+    stop_ids: tuple[int, ...] = ()
+    config_json: Mapping[str, Any] | None = None
+    generation_json: Mapping[str, Any] | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ import json
 import logging
 import os
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import platformdirs
 from rich.console import Console
 from rich.progress import wrap_file
+
+from relax.data.cache import cache_folder, cache_key, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,9 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """
     documents, source = read_texts(config)
     fraction = config.validation_fraction
-    key = _cache_key(documents, fraction, tokenizer.fingerprint)
-    folder = _cache_folder(config) / "tokens" / key
+    version = str(_FORMAT_VERSION)
+    key = cache_key([version, str(fraction), tokenizer.fingerprint, *documents])
+    folder = cache_folder(config.cache_dir) / "tokens" / key
     train, validation = _split(documents, fraction)
     return Corpus(
         train=_cached_tokens(folder / "train.npy", train, tokenizer),
@@ -197,13 +198,13 @@ def _jsonl_text(line: str, field: str) -> str:
 
 def _read_shakespeare(config: DataConfig) -> tuple[str, str]:
     """Returns Tiny Shakespeare and its source, or the excerpt with a warning."""
-    cached = _cache_folder(config) / _SHAKESPEARE
+    cached = cache_folder(config.cache_dir) / _SHAKESPEARE
     data_dir = os.environ.get("RELAX_DATA_DIR")
     for file in [Path(data_dir) / _SHAKESPEARE, cached] if data_dir else [cached]:
         if file.is_file():
             return _read_utf8(file), str(file)
     if config.download and (payload := _download(config.url, config.sha256)):
-        _write_atomically(cached, lambda file: file.write(payload))
+        write_atomically(cached, lambda file: file.write(payload))
         return payload.decode(), config.url
     logger.warning(
         "data: using the bundled excerpt of Shakespeare: recalled text, not for "
@@ -252,28 +253,13 @@ def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]
     return list(filter(None, train)), list(filter(None, validation))
 
 
-def _cache_folder(config: DataConfig) -> Path:
-    if config.cache_dir is None:
-        return platformdirs.user_cache_path("relax")
-    return Path(config.cache_dir).expanduser()
-
-
-def _cache_key(documents: list[str], fraction: float, fingerprint: str) -> str:
-    digest = hashlib.sha256()
-    for part in (str(_FORMAT_VERSION), str(fraction), fingerprint, *documents):
-        data = part.encode()
-        digest.update(len(data).to_bytes(8))  # keeps "ab","c" apart from "a","bc"
-        digest.update(data)
-    return digest.hexdigest()
-
-
 def _cached_tokens(
     path: Path, documents: list[str], tokenizer: Tokenizer
 ) -> np.ndarray:
     if not path.is_file():
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         tokens = np.fromiter(_encode(documents, tokenizer), dtype)
-        _write_atomically(path, lambda file: np.save(file, tokens))
+        write_atomically(path, lambda file: np.save(file, tokens))
         logger.info("data: %d tokens written to %s", len(tokens), path)
     return np.load(path, mmap_mode="r")
 
@@ -300,21 +286,3 @@ def _pieces(document: str) -> Iterator[str]:
         end = len(document) if newline < 0 else newline + 1
         yield document[start:end]
         start = end
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a cache file that other processes see whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_dir cannot take {path}: {error}; name a folder that is "
-            "writable and has room"
-        ) from error

@@ -68,7 +68,8 @@ class Steps(NamedTuple):
     prefill(params, cache, tokens [P, T], rows [P], starts [P], lengths [P]) -> cache:
         tokens go to the slots of their row from `starts` on. With as many as the cache
         has rows these are its rows in order; a row that the cache lacks is padding
-    copy(cache, source, target, length) -> cache, a row's first slots in another row
+    copy(cache, pairs [B, 3], count) -> cache: for each of the first `count` pairs, in
+        order, (source, target, length): a row's first slots in another row
     decode(params, cache, rows, limit, patience, *, chunk, drafts, filters) -> (cache,
         Made): until a row has `limit` more tokens, at most `chunk`, or `patience` rows
         have ended. drafts: how many tokens are guessed at a time, 0 for none
@@ -111,9 +112,13 @@ def make_steps(
         return constrain_cache(out.cache, constrain)
 
     @partial(jax.jit, donate_argnums=0)
-    def copy(cache, source, target, length):
+    def copy(cache, pairs, count):
         traced.append("copy")
-        return constrain_cache(copy_slots(cache, source, target, length), constrain)
+
+        def step(index, cache):
+            return copy_slots(cache, *pairs[index])
+
+        return constrain_cache(jax.lax.fori_loop(0, count, step, cache), constrain)
 
     @partial(jax.jit, static_argnames=("chunk", "drafts", "filters"), donate_argnums=1)
     def decode(params, cache, rows, limit, patience, *, chunk, drafts, filters):
@@ -174,12 +179,14 @@ class _Loop:
 
     def _nothing(self) -> Made:
         B, W, n = len(self._rows.lengths), self._width, self._filters.num_top_logprobs
+        columns = self._config.padded_vocab_size if self._filters.keep_support else 0
         choices = Choice(
             tokens=jnp.zeros((B, W), jnp.int32),
             logprobs=jnp.zeros((B, W)),
             sampled_logprobs=jnp.zeros((B, W)),
             top_ids=jnp.zeros((B, W, n), jnp.int32),
             top_logprobs=jnp.zeros((B, W, n)),
+            support=jnp.zeros((B, W, -(-columns // 8)), jnp.uint8),
         )
         none = jnp.zeros((), jnp.int32)
         remaining = jnp.asarray(self._rows.remaining)

@@ -15,6 +15,7 @@ from relax.generation.requests import (
     allowed_tokens,
     bias_of,
     bucket,
+    check_ids,
     check_request,
     power_of_two,
 )
@@ -23,7 +24,7 @@ from relax.generation.slots import Slots
 from relax.model.config import LlamaConfig
 from relax.model.context import Constrain, unconstrained
 from relax.model.parameters import Params
-from relax.sampling import SamplingConfig, check_ids, sampling_params
+from relax.sampling import SamplingConfig, sampling_params
 from relax.text.tokenizers import Tokenizer
 
 # A stop string is seen when the host looks: what is made after it was made for nothing.
@@ -70,11 +71,18 @@ class Generator:
         check_request(request, self._config)
 
     def run(
-        self, params: Params, requests: Sequence[Request], sampling: SamplingConfig
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        *,
+        keep_support: bool = False,
     ) -> list[Completion]:
         """Returns one completion per request, in order, all run at a time."""
         completions = [Completion() for _ in requests]
-        for _ in self.run_in_chunks(params, requests, sampling, completions):
+        for _ in self.run_in_chunks(
+            params, requests, sampling, completions, keep_support=keep_support
+        ):
             pass
         return completions
 
@@ -90,14 +98,19 @@ class Generator:
         share_prefixes: bool = True,
         limit: int | None = None,
         first_limit: int | None = None,
+        keep_support: bool = False,
+        slots: Slots | None = None,
     ) -> Iterator[list[int]]:
         """Extends `completions`, and yields after each dispatch those now complete.
 
         The device makes at most `limit` tokens a dispatch, `first_limit` in the first
         (None: as many as `sampling.tokens_per_dispatch`, which is the most); rows that
         met a stop string between two of them end there. batch_size: rows at a time,
-        None: all. capacity: slots of a row, None: as many as the longest needs. Raises
-        ValueError where a request can't be completed.
+        None: all. capacity: slots of a row, None: as many as the longest needs.
+        keep_support: whether completions tell among which ids each token was drawn.
+        slots: of `new_slots`, which so outlive a call: they give the rows, and what
+        they hold of the same parameters is not run again. Raises ValueError where a
+        request can't be completed.
         """
         if not requests:
             return
@@ -106,8 +119,18 @@ class Generator:
             yield from self._search(params, requests, sampling, completions, rows)
             return
         longest = self.longest(requests, sampling)
-        slots = self.new_slots(rows, max(longest, capacity or 0))
-        plan = self.plan(slots.rows, sampling, share_prefixes, limit, first_limit)
+        longest = max(longest, capacity or 0)
+        if slots is None:
+            slots = self.new_slots(rows, longest)
+        slots.grow(self.rounded(longest))
+        plan = self.plan(
+            slots.rows,
+            sampling,
+            share_prefixes,
+            limit,
+            first_limit,
+            keep_support=keep_support,
+        )
         run = self.start(slots, requests, plan, completions)
         yield from run.dispatches(params)
 
@@ -190,6 +213,7 @@ class Generator:
         limit: int | None = None,
         first_limit: int | None = None,
         stop_ids: Sequence[int] = (),
+        keep_support: bool = False,
     ) -> Plan:
         """Returns what holds for all rows; `stop_ids` add to the model's.
 
@@ -200,7 +224,7 @@ class Generator:
         stop_ids = tuple(dict.fromkeys(stop_ids))
         columns = self._config.padded_vocab_size
         constraint = make_constraint(sampling, self._tokenizer, stop_ids, columns)
-        params, filters = sampling_params([sampling] * rows, constraint)
+        params, filters = sampling_params([sampling] * rows, constraint, keep_support)
         most = sampling.tokens_per_dispatch
         if sampling.stop_strings:
             most = min(most, DISPATCH_WITH_STOP_STRINGS)

@@ -37,7 +37,8 @@ class Completion:
     under the distribution drawn from. top_logprobs: for each token the most likely ones
     and their logprobs, where sampling.num_top_logprobs asks for them. finish_reason:
     "stop" (end of text or a stop string), "length", or "none" where a search found
-    fewer beams than were asked for. score: of a beam.
+    fewer beams than were asked for. score: of a beam. support: for each token a bit for
+    every id that could be drawn (`ops.draws.pack_support`), where a run keeps it.
     """
 
     text: str = ""
@@ -47,12 +48,13 @@ class Completion:
     finish_reason: str = "length"
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     score: float | None = None
+    support: list[np.ndarray] = field(default_factory=list, compare=False)
 
     def row(self) -> dict[str, Any]:
         """Returns the fields as a line of output has them, those not asked for out."""
         row = {"completion": self.text, **vars(self)}
         absent = [name for name in ("top_logprobs", "score") if row[name] in ([], None)]
-        return {k: v for k, v in row.items() if k not in ("text", *absent)}
+        return {k: v for k, v in row.items() if k not in ("text", "support", *absent)}
 
 
 @dataclass
@@ -95,11 +97,14 @@ class CompletionText:
             # Sentencepiece drops a space at the start of a text: here the prompt's.
             self._detokenizer.add(prompt)
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """Returns the text that has become final, and whether a stop string came."""
+    def add(self, *tokens: int) -> tuple[str, bool]:
+        """Returns the text that has become final, and whether a stop string came.
+
+        It came with the last token, or some of the text belongs to those after it.
+        """
         if self._detokenizer is None:
             return "", False
-        return self._stops.add(self._detokenizer.add([token]))
+        return self._stops.add(self._detokenizer.add(tokens))
 
     def flush(self) -> str:
         """Returns the text held back, where nothing more will come."""
@@ -163,4 +168,21 @@ def check_request(request: Request, config: LlamaConfig) -> None:
         raise ValueError(
             f"{name} has max_new_tokens={request.max_new_tokens}, which must be at "
             "least 1"
+        )
+
+
+def check_ids(sampling: SamplingConfig, num_ids: int) -> None:
+    """Raises ValueError for ids that a model of `num_ids` ids never chooses."""
+    for name in ("logit_bias", "stop_token_ids"):
+        values = getattr(sampling, name)
+        for token in dict(values) if name == "logit_bias" else values:
+            if token >= num_ids:
+                raise ValueError(
+                    f"sampling.{name} has the id {token}; the model chooses among "
+                    f"{num_ids} ids: give ids from 0 to {num_ids - 1}"
+                )
+    if sampling.num_top_logprobs > num_ids:
+        raise ValueError(
+            f"sampling.num_top_logprobs={sampling.num_top_logprobs} must be at most "
+            f"{num_ids}, the number of ids that the model chooses among"
         )

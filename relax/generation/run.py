@@ -148,8 +148,7 @@ class Run:
             count, length = int(made.counts[row]), self._lengths[row]
             tokens = made.choices.tokens[row, :count]
             self._slots.text[row, length : length + count] = tokens
-            choices = jax.tree.map(lambda x, r=row: x[r], made.choices)
-            if self._append(index, choices, count):
+            if self._append(index, made.choices, row, tokens.tolist()):
                 self._remaining[row] = 0
             completion = self._work.completions[index]
             self._lengths[row] = self._prompt_lengths[row] + len(completion.token_ids)
@@ -161,25 +160,41 @@ class Run:
                 ended.append(index)
         return ended
 
-    def _append(self, index: int, choices: Choice, count: int) -> bool:
+    def _append(self, index: int, made: Choice, row: int, tokens: list[int]) -> bool:
         """Appends a row's tokens; returns whether they have come to a stop.
 
         Those after the one that completes a stop string are left out, so that the size
         of a dispatch changes nothing.
         """
-        completion, text = self._work.completions[index], self._work.texts[index]
-        columns = [column[:count].tolist() for column in choices]
-        for token, logprob, sampled, ids, logprobs in zip(*columns, strict=True):
-            completion.token_ids.append(token)
-            completion.logprobs.append(logprob)
-            completion.sampled_logprobs.append(sampled)
-            if ids:
-                pairs = list(zip(ids, logprobs, strict=True))
-                completion.top_logprobs.append(pairs)
+        completion, plan = self._work.completions[index], self._plan
+        count, text, stopped = self._read(index, tokens)
+        completion.text += text
+        completion.token_ids += tokens[:count]
+        completion.logprobs += made.logprobs[row, :count].tolist()
+        completion.sampled_logprobs += made.sampled_logprobs[row, :count].tolist()
+        if plan.filters.num_top_logprobs:
+            ids = made.top_ids[row, :count].tolist()
+            logprobs = made.top_logprobs[row, :count].tolist()
+            for pair in zip(ids, logprobs, strict=True):
+                completion.top_logprobs.append(list(zip(*pair, strict=True)))
+        if plan.filters.keep_support:
+            completion.support += list(made.support[row, :count])
+        # The device makes nothing after a token that ends the row.
+        if not plan.sampling.ignore_eos:
+            stopped |= not set(tokens[count - 1 : count]).isdisjoint(plan.stop_ids)
+        if stopped:
+            completion.finish_reason = "stop"
+        return stopped
+
+    def _read(self, index: int, tokens: list[int]) -> tuple[int, str, bool]:
+        """Returns how many tokens count, their text, and whether a stop string came."""
+        text = self._work.texts[index]
+        if not self._plan.sampling.stop_strings:
+            return len(tokens), text.add(*tokens)[0], False
+        pieces = []
+        for count, token in enumerate(tokens, 1):
             piece, stopped = text.add(token)
-            completion.text += piece
-            is_end = token in self._plan.stop_ids and not self._plan.sampling.ignore_eos
-            if stopped or is_end:
-                completion.finish_reason = "stop"
-                return True
-        return False
+            pieces.append(piece)
+            if stopped:
+                return count, "".join(pieces), True
+        return len(tokens), "".join(pieces), False

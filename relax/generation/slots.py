@@ -42,6 +42,7 @@ class Slots:
         self._leaves: list[weakref.ref] = []
         self._together = together
         self._fills: dict[int, _Fill] = {}
+        self._last: tuple[Sequence[int], np.ndarray] | None = None
         self.capacity = capacity
         self.text = np.zeros((rows, capacity), np.int32)
         self.held = np.zeros(rows, np.int64)
@@ -61,6 +62,7 @@ class Slots:
             self.held[:] = 0
         leaves = jax.tree.leaves(params)
         self._cache = _on_mesh_of(self._cache, leaves)
+        self._last = None
         if not _same_arrays(self._leaves, leaves):
             self.held[:] = 0
             self._leaves = [weakref.ref(leaf) for leaf in leaves]
@@ -101,34 +103,39 @@ class Slots:
         the row's own is kept.
         """
         target = len(prompt) - 1
-        ids = np.asarray(prompt, np.int32)
-        own = _common_lengths(self.text, self.held, ids[:-1])
-        # Of other rows, what is worth a copy.
-        others = np.where((own >= MIN_SHARED) | (own == target), own, 0)
-        if not share:
-            own, others = np.zeros_like(own), np.zeros_like(own)
+        own = self._common(prompt) if share else np.zeros_like(self.held)
         # The row that keeps most, else the one that holds least.
-        row = min(idle, key=lambda row: (-own[row], self.held[row]))
-        source, done = int(np.argmax(others)), int(own[row])
-        shared = max(int(others[source]), done)
+        rows = np.asarray(idle)
+        rows = rows[own[rows] == own[rows].max()]
+        row = int(rows[np.argmin(self.held[rows])])
+        source, done = int(np.argmax(own)), int(own[row])
+        # Of another row, what is worth a copy.
+        most = int(own[source])
+        shared = most if most >= MIN_SHARED or most == target else done
         # What is broken off leaves in `held` what is there.
         self.held[row] = done
         if done < shared and source not in self._fills:
             # At once: the next prompt may be put into the source.
-            self._copy(source, row, shared)
+            self._copy([(source, row, shared)])
             done = shared
-        self.text[row, : len(ids)] = ids
+        self.text[row, : len(prompt)] = prompt
         self._fills[row] = _Fill(done, target, source, shared)
         self.held[row] = target
+        own[row] = target
+        self._last = (prompt, own) if share else None
         return row, shared
+
+    def _common(self, prompt: Sequence[int]) -> np.ndarray:
+        """Returns how many tokens of a prompt but its last one each row holds `[B]`."""
+        if self._last is not None and self._last[0] == prompt:
+            return self._last[1]  # copies of a prompt come one after another
+        return _common_lengths(self.text, self.held, np.asarray(prompt[:-1], np.int32))
 
     def fill(self, params: Params) -> None:
         """Runs what `place` has put into rows; what they share waits for its source."""
+        self._last = None
         while self._fills:
-            for row, fill in self._fills.items():
-                if fill.done < fill.shared and self._done(fill.source) >= fill.shared:
-                    self._copy(fill.source, row, fill.shared)
-                    self._fills[row] = fill._replace(done=fill.shared)
+            self._copy_shared()
             self._fills = {r: f for r, f in self._fills.items() if f.done < f.target}
             ready = [r for r, fill in self._fills.items() if fill.done >= fill.shared]
             if ready:
@@ -138,8 +145,23 @@ class Slots:
         cache = self._cache
         return cache is None or any(x.is_deleted() for x in jax.tree.leaves(cache))
 
-    def _copy(self, source: int, target: int, length: int) -> None:
-        self.put_cache(self._steps.copy(self.take_cache(), source, target, length))
+    def _copy_shared(self) -> None:
+        """Copies to the rows that wait what their sources have by now."""
+        fills = {}
+        for row, fill in self._fills.items():
+            done = fills[fill.source].done if fill.source in fills else None
+            done = self._done(fill.source) if done is None else done
+            if fill.done < fill.shared <= done:
+                fills[row] = fill._replace(done=fill.shared)
+        if fills:
+            self._copy([(fill.source, row, fill.shared) for row, fill in fills.items()])
+            self._fills |= fills
+
+    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+        """Copies first slots: from a source, to a target, so many of them."""
+        pairs = np.zeros((self.rows, 3), np.int32)
+        pairs[: len(copies)] = copies
+        self.put_cache(self._steps.copy(self.take_cache(), pairs, len(copies)))
 
     def _done(self, row: int) -> int:
         fill = self._fills.get(row)
@@ -201,8 +223,9 @@ def _piece(count: int) -> int:
 
 def _common_lengths(text: np.ndarray, held: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Returns how many ids each row begins with as `ids` does `[B]`."""
-    alike = text[:, : len(ids)] == ids
-    return np.minimum(np.cumprod(alike, axis=1).sum(axis=1), held)
+    other = np.ones((len(text), len(ids) + 1), bool)
+    np.not_equal(text[:, : len(ids)], ids, out=other[:, :-1])
+    return np.minimum(np.argmax(other, axis=1), held)
 
 
 def _on_mesh_of(cache: Cache, leaves: list) -> Cache:

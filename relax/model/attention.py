@@ -8,7 +8,7 @@ from jax import Array
 from relax.model.cache import read, write
 from relax.model.config import LlamaConfig
 from relax.model.context import CachePlace, Context
-from relax.model.layers import Linear, RMSNorm
+from relax.model.layers import Linear, RMSNorm, adapter_for
 from relax.ops.attention import attention, attention_pattern
 from relax.ops.cached_attention import cached_attention
 from relax.ops.masks import AttentionMask
@@ -28,9 +28,10 @@ class SelfAttention(hk.Module):
         `buffers` is the pair of the cache's keys and values, or None.
         """
         config = self.config
-        q = self._project(x, config.num_attention_heads, "q")
-        k = self._project(x, config.num_key_value_heads, "k")
-        v = self._project(x, config.num_key_value_heads, "v")
+        key = layer.dropout_key
+        q = self._project(x, config.num_attention_heads, "q", key)
+        k = self._project(x, config.num_key_value_heads, "k", key)
+        v = self._project(x, config.num_key_value_heads, "v", key)
         q = rotate(context.constrain(q, HEADS), context.cos, context.sin)
         k = rotate(context.constrain(k, KV_HEADS), context.cos, context.sin)
         v = context.constrain(v, KV_HEADS)
@@ -45,10 +46,10 @@ class SelfAttention(hk.Module):
             out = attention(q, k, v, mask, context.attention)
         else:
             out = _attend_cached(q, buffers, layer.index, context.place, mask)
-        return self._output(context.constrain(out, HEADS)), buffers, captured
+        return self._output(context.constrain(out, HEADS), key), buffers, captured
 
     @hk.transparent
-    def _project(self, x: Array, heads: int, letter: str) -> Array:
+    def _project(self, x: Array, heads: int, letter: str, key: Array | None) -> Array:
         config = self.config
         y = Linear(
             (config.hidden_size,),
@@ -56,8 +57,9 @@ class SelfAttention(hk.Module):
             init_std=config.initializer_range,
             dtype=config.param_dtype,
             bias=config.qkv_bias,
+            adapter=adapter_for(config, f"{letter}_proj"),
             name=f"{letter}_proj",
-        )(x)
+        )(x, key)
         if config.qk_norm and letter != "v":
             norm = RMSNorm(
                 config.rms_norm_eps, config.param_dtype, name=f"{letter}_norm"
@@ -66,7 +68,7 @@ class SelfAttention(hk.Module):
         return y
 
     @hk.transparent
-    def _output(self, out: Array) -> Array:
+    def _output(self, out: Array, key: Array | None) -> Array:
         config = self.config
         return Linear(
             (config.num_attention_heads, config.head_width),
@@ -74,8 +76,9 @@ class SelfAttention(hk.Module):
             init_std=residual_std(config),
             dtype=config.param_dtype,
             bias=config.attention_out_bias,
+            adapter=adapter_for(config, "o_proj"),
             name="o_proj",
-        )(out)
+        )(out, key)
 
 
 def _written(buffers, index, place: CachePlace, k: Array, v: Array):

@@ -9,7 +9,7 @@ from jax import Array
 from relax.model.attention import SelfAttention, residual_std
 from relax.model.config import LlamaConfig
 from relax.model.context import Context, LayerInputs
-from relax.model.layers import Linear, RMSNorm
+from relax.model.layers import Linear, RMSNorm, adapter_for
 from relax.ops.dropout import dropout
 from relax.ops.feed_forward import gate
 
@@ -21,23 +21,25 @@ class FeedForward(hk.Module):
     config: LlamaConfig
     name: str | None = None
 
-    def __call__(self, x: Array, context: Context) -> Array:
+    def __call__(self, x: Array, layer: LayerInputs, context: Context) -> Array:
         """Returns `[B, T, D]` for `[B, T, D]`."""
-        config = self.config
+        config, key = self.config, layer.dropout_key
         width, inner = config.hidden_size, config.intermediate_size
         std = config.initializer_range
         hidden = gate(
-            self._linear(width, inner, std, "gate_proj")(x),
-            self._linear(width, inner, std, "up_proj")(x),
+            self._linear(width, inner, std, "gate_proj")(x, key),
+            self._linear(width, inner, std, "up_proj")(x, key),
             config.hidden_act,
         )
         hidden = context.constrain(hidden, ("batch", "length", "mlp"))
-        return self._linear(inner, width, residual_std(config), "down_proj")(hidden)
+        down = self._linear(inner, width, residual_std(config), "down_proj")
+        return down(hidden, key)
 
     @hk.transparent
     def _linear(self, inputs: int, outputs: int, std: float, name: str) -> Linear:
         dtype, bias = self.config.param_dtype, self.config.mlp_bias
-        return Linear((inputs,), (outputs,), std, dtype, bias, name=name)
+        adapter = adapter_for(self.config, name)
+        return Linear((inputs,), (outputs,), std, dtype, bias, adapter, name=name)
 
 
 @dataclasses.dataclass
@@ -60,7 +62,7 @@ class Block(hk.Module):
         x = x + dropout(attended, self.config.dropout, keys[0])
         x = context.constrain(x, RESIDUAL)
         fed = FeedForward(self.config, name="mlp")(
-            self._norm("post_attention_layernorm")(x), context
+            self._norm("post_attention_layernorm")(x), layer, context
         )
         x = x + dropout(fed, self.config.dropout, keys[1])
         x = context.constrain(x, RESIDUAL)

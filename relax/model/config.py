@@ -9,6 +9,16 @@ from relax.ops.rope import KINDS, RopeScaling
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = ("none", "full", "dots")
 VOCAB_MULTIPLE = 64
+# The projections of a layer, in the order in which they run: what LoRA can adapt.
+LORA_TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +29,10 @@ class LlamaConfig:
     `vocab_size` None stands for the tokenizer's; `head_dim` None for hidden_size /
     num_attention_heads. `sliding_window` applies to the layers from
     `max_window_layers` on. `dropout` acts on the embeddings and on what each layer
-    adds to the residual stream, in training alone.
+    adds to the residual stream, in training alone. `lora_rank` 0 is a model without
+    adapters; else each projection of `lora_targets` has one of that rank, whose output
+    is scaled by lora_alpha / lora_rank and whose input is dropped by `lora_dropout`, in
+    training alone (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1).
     """
 
     vocab_size: int | None
@@ -56,12 +69,18 @@ class LlamaConfig:
     scan_layers: bool
     remat: str
     attention: str
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_targets: tuple[str, ...]
 
     def __post_init__(self):
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         self._check_positive()
         self._check_choices()
         self._check_heads()
         self._check_rope()
+        self._check_lora()
 
     def _check_positive(self):
         for name in (
@@ -80,8 +99,11 @@ class LlamaConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value} must be greater than 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        for name in ("dropout", "lora_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must lie in [0, 1)"
+                )
         if not 0 <= self.max_window_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"model.max_window_layers={self.max_window_layers} must lie in "
@@ -136,6 +158,25 @@ class LlamaConfig:
             raise ValueError(
                 f"model.rope_low_freq_factor={self.rope_low_freq_factor} must be less "
                 f"than model.rope_high_freq_factor={self.rope_high_freq_factor}"
+            )
+
+    def _check_lora(self):
+        if self.lora_rank < 0:
+            raise ValueError(
+                f"model.lora_rank={self.lora_rank} must be at least 0 (0 is off)"
+            )
+        if not self.lora_alpha > 0:
+            raise ValueError(f"model.lora_alpha={self.lora_alpha} must be above 0")
+        targets = self.lora_targets
+        if unknown := [name for name in targets if name not in LORA_TARGETS]:
+            raise ValueError(
+                f"model.lora_targets names {unknown[0]!r}, which is unknown; choose of "
+                f"{', '.join(LORA_TARGETS)}"
+            )
+        if len(set(targets)) != len(targets) or (self.lora_rank and not targets):
+            raise ValueError(
+                f"model.lora_targets={list(targets)} must name at least one projection "
+                "with model.lora_rank above 0, and none twice"
             )
 
     @property

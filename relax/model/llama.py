@@ -79,6 +79,7 @@ class Llama(hk.Module):
         cache_rows: Int[Array, "B"] | None = None,
         lengths: Int[Array, "B"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
+        neftune_alpha: float = 0.0,
         capture: tuple[str, ...] = (),
     ) -> LlamaOutput:
         """Returns hidden states for right-padded rows of tokens.
@@ -93,7 +94,9 @@ class Llama(hk.Module):
             A row that the cache lacks is run and kept nowhere.
         lengths: number of real tokens per row (the rest is padding); only the cache
             needs it, since causality hides right padding anyway.
-        dropout_key: None in evaluation and generation, which turns dropout off.
+        dropout_key: None in evaluation and generation, which turns dropout off, and
+            NEFTune with it.
+        neftune_alpha: of the noise added to the embedded tokens, 0 for none (static).
         capture: sites of `context.SITES` whose values come back too (static).
 
         S is the cache's capacity, or T without one. Raises ValueError for a `key_valid`
@@ -118,6 +121,9 @@ class Llama(hk.Module):
         # A lookup in a table split along its width would gather all of it late.
         rows = self.constrain(table, ("vocab", None))
         x = lookup(rows, tokens, config.compute_dtype)
+        if neftune_alpha and dropout_key is not None:
+            # 0 and 1 are what the split above took.
+            x = x + _noise(x, neftune_alpha, jax.random.fold_in(dropout_key, 2))
         x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
         buffers = None if cache is None else (cache.keys, cache.values)
         inputs = self._layer_inputs(keys[1], slots)
@@ -173,11 +179,22 @@ class Llama(hk.Module):
             everything = jnp.iinfo(jnp.int32).max
             inside = index >= config.max_window_layers
             windows = jnp.where(inside, config.sliding_window, everything)
-        keys = None if key is None or not config.dropout else jax.random.split(key, L)
+        drops = config.dropout or (config.lora_rank and config.lora_dropout)
+        keys = None if key is None or not drops else jax.random.split(key, L)
         return LayerInputs(index, windows, keys)
 
 
 _POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_saveable}
+
+
+def _noise(x: Array, alpha: float, key: Array) -> Array:
+    """Returns NEFTune's noise for embedded tokens `[B, T, D]`.
+
+    Uniform in ±alpha/sqrt(T·D) (Jain et al. 2023, https://arxiv.org/abs/2310.05914,
+    algorithm 1); T counts a row's padding too, as transformers does.
+    """
+    bound = alpha / (x.shape[1] * x.shape[2]) ** 0.5
+    return jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
 
 
 def _check_inputs(slots, key_valid, mask, cache, segment_ids, capture) -> None:

@@ -14,7 +14,7 @@ Params = dict[str, dict[str, jax.Array]]
 
 NEW_ROWS = ("mean", "zeros", "normal")
 _TABLES = ("llama/embed_tokens", "llama/lm_head")
-_STACKED = "llama/layers/"
+STACKED = "llama/layers/"
 _LAYER = re.compile(r"llama/layers_(\d+)/")
 
 
@@ -59,7 +59,7 @@ def stack_layers(params: Params) -> Params:
         if match is None:
             stacked[module] = leaves
         else:
-            path = _STACKED + module[match.end() :]
+            path = STACKED + module[match.end() :]
             layers.setdefault(path, {})[int(match[1])] = leaves
     for path, by_layer in layers.items():
         ordered = [by_layer[i] for i in sorted(by_layer)]
@@ -71,10 +71,10 @@ def unstack_layers(params: Params) -> Params:
     """Returns the unrolled form of scanned parameters: one module path per layer."""
     unrolled = {}
     for module, leaves in params.items():
-        if not module.startswith(_STACKED):
+        if not module.startswith(STACKED):
             unrolled[module] = leaves
             continue
-        rest = module[len(_STACKED) :]
+        rest = module[len(STACKED) :]
         split = {name: jnp.unstack(leaf) for name, leaf in leaves.items()}
         for index in range(len(next(iter(split.values())))):
             layer = {name: parts[index] for name, parts in split.items()}
@@ -123,10 +123,17 @@ def training_flops_per_token(config: LlamaConfig, context: int) -> float:
 
     6 per parameter of a matrix product and 12·L·N·H·T for attention (Chowdhery et al.
     2022, PaLM, https://arxiv.org/abs/2204.02311, appendix B). The embedding counts as
-    the output layer alone.
+    the output layer alone. Where adapters are trained, the parameters that they leave
+    frozen count 4: they have no gradient.
     """
     weights = parameter_count(config)
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size
     heads = config.num_attention_heads * config.head_width
-    return 6.0 * weights + 12.0 * config.num_hidden_layers * heads * context
+    attention = 12.0 * config.num_hidden_layers * heads * context
+    frozen = 0
+    if config.lora_rank:
+        base = dataclasses.replace(config, lora_rank=0)
+        adapters = parameter_count(config) - parameter_count(base)
+        frozen = weights - adapters
+    return 6.0 * weights - 2.0 * frozen + attention

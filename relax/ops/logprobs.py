@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 
 class TokenStats(NamedTuple):
@@ -42,6 +42,22 @@ def compute_logits(
     return logits.reshape(*hidden.shape[:-1], table.shape[0])
 
 
+def mean_logits(
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "rows D"],
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, "B T"]:
+    """Returns the mean over the vocabulary of logits / temperature, float32.
+
+    It is the logit of the mean row: no `[B, T, V]` is made.
+    """
+    weights = (jnp.arange(table.shape[0]) < vocab_size) / vocab_size
+    rows = table.astype(hidden.dtype).astype(jnp.float32)
+    return hidden.astype(jnp.float32) @ (weights @ rows) / temperature
+
+
 def token_stats(
     hidden: Float[Array, "B T D"],
     table: Float[Array, "rows D"],
@@ -50,8 +66,13 @@ def token_stats(
     *,
     temperature: float = 1.0,
     max_logits: int = 2**25,
+    support: UInt8[Array, "B T packed"] | None = None,
 ) -> TokenStats:
     """Returns what softmax(logits / temperature) says of each target.
+
+    support: the ids that each softmax is over, a bit per row of `table` as
+    `jnp.packbits` packs them; logits of the others are -inf, and so is the logprob of
+    such a target. A position without a bit is over all ids. None: all are.
 
     At most `max_logits` numbers of logits exist at a time, forward and backward: longer
     inputs are walked in chunks along T (which keeps a sharded batch axis in place) and
@@ -60,30 +81,37 @@ def token_stats(
     """
     B, T = targets.shape
     chunk = max(1, min(T, max_logits // (B * table.shape[0])))
-    return TokenStats(*_stats(chunk, vocab_size, temperature, hidden, table, targets))
+    stats = _stats(chunk, vocab_size, temperature, hidden, table, targets, support)
+    return TokenStats(*stats)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _stats(chunk, vocab_size, temperature, hidden, table, targets):
+def _stats(chunk, vocab_size, temperature, hidden, table, targets, support):
     def body(_, inputs):
-        return None, _chunk_stats(vocab_size, temperature, table, *inputs)
+        hidden, targets, support = inputs
+        logits = _supported_logits(vocab_size, temperature, table, hidden, support)
+        return None, _chunk_stats(logits, targets)
 
-    inputs = _to_chunks(chunk, hidden, targets)
+    inputs = _to_chunks(chunk, (hidden, targets, support))
     _, stats = jax.lax.scan(body, None, inputs)
     return tuple(_from_chunks(x, targets.shape[1]) for x in stats)
 
 
-def _stats_forward(chunk, vocab_size, temperature, hidden, table, targets):
-    stats = _stats(chunk, vocab_size, temperature, hidden, table, targets)
-    return stats, (hidden, table, targets)
+def _stats_forward(chunk, vocab_size, temperature, *arrays):
+    return _stats(chunk, vocab_size, temperature, *arrays), arrays
 
 
 def _stats_backward(chunk, vocab_size, temperature, residuals, cotangents):
-    hidden, table, targets = residuals
+    hidden, table, targets, support = residuals
 
     def body(d_table, inputs):
-        hidden, targets, d_stats = inputs
-        p = _probabilities(vocab_size, temperature, table, hidden)
+        hidden, targets, support, d_stats = inputs
+        logits = _supported_logits(vocab_size, temperature, table, hidden, support)
+        if support is not None:
+            # No logit of -inf is moved, not even a target's.
+            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            targets = jnp.where(chosen > -jnp.inf, targets, -1)
+        p = jax.nn.softmax(logits, axis=-1)
         d_logits = _d_logits(p, targets, d_stats) / temperature
         d_logits = d_logits.reshape(-1, table.shape[0]).astype(hidden.dtype)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -93,22 +121,25 @@ def _stats_backward(chunk, vocab_size, temperature, residuals, cotangents):
         )
         return d_table + d_rows, d_hidden
 
-    inputs = _to_chunks(chunk, hidden, targets, *cotangents[:3])
-    inputs = (inputs[0], inputs[1], inputs[2:])
+    inputs = _to_chunks(chunk, (hidden, targets, support, cotangents[:3]))
     d_table, d_hidden = jax.lax.scan(body, jnp.zeros_like(table), inputs)
-    return _from_chunks(d_hidden, targets.shape[1]), d_table, None
+    return _from_chunks(d_hidden, targets.shape[1]), d_table, None, None
 
 
 _stats.defvjp(_stats_forward, _stats_backward)
 
 
-def _probabilities(vocab_size, temperature, table, hidden):
+def _supported_logits(vocab_size, temperature, table, hidden, support):
     logits = compute_logits(hidden, table, vocab_size) / temperature
-    return jax.nn.softmax(logits, axis=-1)
+    if support is None:
+        return logits
+    bits = jnp.unpackbits(support, axis=-1, count=table.shape[0]) > 0
+    # What T is padded by has no bits: without any logit it would be 0 / 0.
+    unbound = jnp.all(support == 0, axis=-1, keepdims=True)
+    return jnp.where(bits | unbound, logits, -jnp.inf)
 
 
-def _chunk_stats(vocab_size, temperature, table, hidden, targets):
-    logits = compute_logits(hidden, table, vocab_size) / temperature
+def _chunk_stats(logits, targets):
     top = jnp.max(logits, axis=-1)
     # Differences from the largest logit keep the digits that its size would cost.
     shifted = logits - top[..., None]
@@ -133,17 +164,17 @@ def _d_logits(p, targets, d_stats):
     )
 
 
-def _to_chunks(chunk, *arrays):
-    """Splits `[B, T, ...]` into `[T / chunk, B, chunk, ...]`, T padded by zeros."""
-    count = -(-arrays[0].shape[1] // chunk)
+def _to_chunks(chunk, arrays):
+    """Splits each `[B, T, ...]` into `[T / chunk, B, chunk, ...]`, T zero-padded."""
 
     def split(x):
+        count = -(-x.shape[1] // chunk)
         pad = [(0, 0)] * x.ndim
         pad[1] = (0, count * chunk - x.shape[1])
         padded = jnp.pad(x, pad).reshape(x.shape[0], count, chunk, *x.shape[2:])
         return jnp.moveaxis(padded, 1, 0)
 
-    return tuple(split(x) for x in arrays)
+    return jax.tree.map(split, arrays)
 
 
 def _from_chunks(x, T):

@@ -8,13 +8,8 @@ from datetime import timedelta
 from typing import Self
 
 import rich.console
-import rich.progress
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+
+from relax.tracking.bars import find_terminal, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +38,11 @@ class Progress:
         self._before = done
         self._clock = clock
         self._started = self._shown = clock()
-        self._bar = _bar(terminal or _stderr_terminal())
+        terminal = terminal or find_terminal(sys.stderr)
+        self._bar = progress_bar(terminal) if terminal else None
         if self._bar:
             self._task = self._bar.add_task(
-                "", total=total, completed=done, pace="", left="–"
+                "", total=total, completed=done, numbers="", left="–"
             )
 
     def __enter__(self) -> Self:
@@ -73,7 +69,7 @@ class Progress:
         self.done += records
         if self._bar:
             self._bar.update(
-                self._task, completed=self.done, pace=self.pace, left=self._left()
+                self._task, completed=self.done, numbers=self.pace, left=self._left()
             )
         elif self._clock() - self._shown >= LINE_SECONDS:
             self._shown = self._clock()
@@ -89,25 +85,3 @@ class Progress:
             return "–"
         left = self.seconds / done * (self._total - self.done)
         return str(timedelta(seconds=round(left)))
-
-
-def _stderr_terminal() -> rich.console.Console | None:
-    if not sys.stderr.isatty():
-        return None
-    terminal = rich.console.Console(stderr=True)
-    return None if terminal.is_dumb_terminal else terminal
-
-
-def _bar(terminal: rich.console.Console | None) -> rich.progress.Progress | None:
-    if terminal is None:
-        return None
-    return rich.progress.Progress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[pace]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]} left", markup=False, style="cyan"),
-        console=terminal,
-        expand=True,
-        redirect_stdout=sys.stdout.isatty(),
-    )

@@ -24,7 +24,8 @@ class ExportConfig:
     files. add_special_tokens: tokens that tokenizer and model get first; new_rows: what
     their rows hold, "mean" of the others, "zeros" or "normal" (drawn with seed 0).
     template: the name of a chat template, or a .jinja file, to be written instead of
-    the checkpoint's own.
+    the checkpoint's own. adapter: writes the LoRA adapters alone, in PEFT's form;
+    else they are merged into the weights.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class ExportConfig:
     add_special_tokens: tuple[str, ...]
     new_rows: str
     template: str | None
+    adapter: bool
 
     def __post_init__(self):
         object.__setattr__(self, "add_special_tokens", tuple(self.add_special_tokens))
@@ -48,6 +50,12 @@ class ExportConfig:
         if self.output_path is None:
             raise ValueError(
                 "output_path=null: name the folder to write, output_path=my_model"
+            )
+        if self.adapter and (self.add_special_tokens or self.template is not None):
+            raise ValueError(
+                "task.adapter=true writes no tokens and no template; take "
+                "task.add_special_tokens=[] and task.template=null, or task.adapter="
+                "false"
             )
 
 
@@ -74,5 +82,8 @@ def run(config: ExportConfig, model: LanguageModel, sampling: SamplingConfig) ->
         logger.info("special tokens added: %s", added)
     if config.template is not None:
         model.chat_template = named_template(config.template, model.tokenizer)
-    model.save_hf(config.output_path, int(config.max_shard_gigabytes * 1e9))
+    if config.adapter:
+        model.save_adapter(config.output_path)
+    else:
+        model.save_hf(config.output_path, int(config.max_shard_gigabytes * 1e9))
     logger.info("written: %s", config.output_path)

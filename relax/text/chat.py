@@ -6,6 +6,7 @@ BOS or EOS beside its own.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ from relax.text.chat_marks import (
 )
 from relax.text.chat_replies import find_reply, replace_spans
 from relax.text.files import read_json, read_text
+
+logger = logging.getLogger(__name__)
 
 TEMPLATES = ("chatml", "llama2", "llama3", "mistral", "plain")
 _FOLDER = Path(__file__).with_name("templates")
@@ -270,20 +273,42 @@ class ChatTemplate:
         return replace_spans(text, places), spliced
 
 
-def named_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+def named_template(
+    name: str, tokenizer: Tokenizer, option: str = "task.template"
+) -> ChatTemplate:
     """Returns one of `TEMPLATES`, or that of a .jinja file, for a tokenizer.
 
-    Raises ValueError where there is none of that name, and FileNotFoundError.
+    Raises ValueError where there is none of that name, and FileNotFoundError, naming
+    the `option` that gave it.
     """
     path = Path(name) if name.endswith(".jinja") else _FOLDER / f"{name}.jinja"
     if name not in TEMPLATES and not name.endswith(".jinja"):
         raise ValueError(
-            f"task.template={name!r} is unknown; choose one of {', '.join(TEMPLATES)}, "
-            "or give a .jinja file"
+            f"{option}={name!r} is unknown; choose one of {', '.join(TEMPLATES)}, or "
+            "give a .jinja file"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"task.template={name!r} is not a file")
+        raise FileNotFoundError(f"{option}={name!r} is not a file")
     return ChatTemplate(read_text(path), name=name, variables=_bos_and_eos(tokenizer))
+
+
+def ending_ids(
+    stop_ids: Iterable[int], tokenizer: Tokenizer | None, template: ChatTemplate | None
+) -> tuple[int, ...]:
+    """Returns the ids that end a completion, in order.
+
+    The checkpoint's `stop_ids`, the tokenizer's end of text, and what the template
+    writes after an assistant's turn.
+    """
+    ids = set(stop_ids)
+    if tokenizer is not None and tokenizer.eos_id is not None:
+        ids.add(tokenizer.eos_id)
+    if template is not None and tokenizer is not None:
+        try:
+            ids.update(template.end_of_turn(tokenizer)[0])
+        except ValueError as error:  # it refuses a plain question and answer
+            logger.warning("the template's end of turn isn't known: %s", error)
+    return tuple(sorted(ids))
 
 
 def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -11,14 +11,16 @@ from typing import Self
 
 import rich.console
 from rich.padding import Padding
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress
 from rich.text import Text
+
+from relax.tracking.bars import find_terminal, progress_bar
+from relax.tracking.completions import (
+    Row,
+    completion_lines,
+    completions_table,
+    printable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ Metrics = Mapping[str, float]
 
 
 class Console:
-    """Shows steps, evaluations, samples and messages; a context manager.
+    """Shows steps, evaluations, texts and messages; a context manager.
 
     In a terminal the latest step is a live line below everything else. Without one
     (a file, CI) every call is one record of this module's logger. `quiet` shows
@@ -45,12 +47,13 @@ class Console:
     ) -> None:
         self._total_steps = total_steps
         self._quiet = quiet
-        self._terminal = None if quiet else terminal or _find_terminal()
+        found = terminal or find_terminal(sys.stderr, sys.stdout)
+        self._terminal = None if quiet else found
         self._clock = clock
         self._started = clock()
         self._pace_from = (start_step, self._started)
         self._has_stepped = False
-        self._progress = _progress(self._terminal) if self._terminal else None
+        self._progress = progress_bar(self._terminal) if self._terminal else None
         if self._progress:
             self._bar = self._progress.add_task(
                 "", total=total_steps, completed=start_step, numbers="", left="–"
@@ -72,24 +75,24 @@ class Console:
             self._progress.update(
                 self._bar,
                 completed=step,
-                numbers=_numbers(metrics, _LIVE_KEYS),
+                numbers=_live_numbers(metrics),
                 left=left,
             )
         else:
-            numbers = _numbers(metrics, _FORMATS)
+            numbers = "  ".join(_numbers(metrics, _FORMATS))
             elapsed = _duration(self._clock() - self._started)
             self._say(
                 f"step {step}/{self._total_steps}  {numbers}  {elapsed} ({left} left)"
             )
 
     def evaluation(self, step: int, metrics: Metrics) -> None:
-        numbers = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        numbers = "  ".join(_evaluated(key, value) for key, value in metrics.items())
         self._say(f"step {step}  {numbers}", style="bold")
 
     def samples(self, step: int, texts: Sequence[str]) -> None:
         """Shows generated texts; control characters in them are spelled out."""
         header = f"step {step}  samples"
-        texts = [_printable(text) for text in texts]
+        texts = [printable(text) for text in texts]
         if self._terminal is None:
             indented = (textwrap.indent(text, "    ") for text in texts)
             self._say("\n\n".join((header, *indented)))
@@ -97,6 +100,13 @@ class Console:
         self._say(header)
         for text in texts:
             self._terminal.print(Padding(Text(text, style="dim"), (0, 0, 1, 4)))
+
+    def completions(self, step: int, rows: Sequence[Row]) -> None:
+        """Shows the first completions and their rewards."""
+        if self._terminal:
+            self._terminal.print(completions_table(step, rows))
+        else:
+            self._say(completion_lines(step, rows))
 
     def message(self, text: str) -> None:
         self._say(text)
@@ -124,30 +134,6 @@ class Console:
         return _duration(seconds_per_step * (self._total_steps - step))
 
 
-def _find_terminal() -> rich.console.Console | None:
-    """Returns stderr or else stdout where it is a terminal that can move its cursor."""
-    for stream in (sys.stderr, sys.stdout):
-        if stream.isatty():
-            terminal = rich.console.Console(stderr=stream is sys.stderr)
-            return None if terminal.is_dumb_terminal else terminal
-    return None
-
-
-def _progress(terminal: rich.console.Console) -> Progress:
-    return Progress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[numbers]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]} left", markup=False, style="cyan"),
-        console=terminal,
-        expand=True,
-        # What is piped into a file stays there, and only there.
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=sys.stderr.isatty(),
-    )
-
-
 @contextlib.contextmanager
 def _live(progress: Progress) -> Iterator[None]:
     """Keeps the line on screen; what the root logger prints appears above it.
@@ -167,17 +153,46 @@ def _live(progress: Progress) -> Iterator[None]:
 
 _FORMATS: dict[str, Callable[[float], str]] = {
     "loss": "loss {:.4f}".format,
+    "mean_token_accuracy": "acc {:.1%}".format,
     "reward": "reward {:.3f}".format,
+    "reward_std": "reward_std {:.3f}".format,
+    "completions/mean_length": "length {:.1f}".format,
+    "kl": "kl {:.3g}".format,
+    "entropy": "entropy {:.3f}".format,
     "grad_norm": "grad_norm {:.3g}".format,
     "learning_rate": "lr {:.2e}".format,
     "tokens_per_second": lambda value: f"{_short(value)} tok/s",
     "mfu": "mfu {:.1%}".format,
 }
-_LIVE_KEYS = ("loss", "reward", "tokens_per_second", "mfu")  # fit in 80 columns
+# The live line has those that come first here and fit in 80 columns with the rest.
+_LIVE_KEYS = (
+    *("reward", "completions/mean_length", "kl", "entropy"),
+    *("loss", "mean_token_accuracy", "tokens_per_second", "mfu"),
+)
+_LIVE_WIDTH = 40
 
 
-def _numbers(metrics: Metrics, keys: Iterable[str]) -> str:
-    return "  ".join(_FORMATS[key](metrics[key]) for key in keys if key in metrics)
+def _numbers(metrics: Metrics, keys: Iterable[str]) -> list[str]:
+    known = (key for key in keys if metrics.get(key) is not None)
+    return [_FORMATS[key](metrics[key]) for key in known]
+
+
+def _live_numbers(metrics: Metrics) -> str:
+    shown = ""
+    for number in _numbers(metrics, _LIVE_KEYS):
+        longer = f"{shown}  {number}" if shown else number
+        if len(longer) > _LIVE_WIDTH:
+            break
+        shown = longer
+    return shown
+
+
+def _evaluated(key: str, value: float | None) -> str:
+    if value is None:
+        return f"{key} –"
+    if "pass@" in key:
+        return f"{key} {value:.1%}"
+    return f"{key} {value}" if isinstance(value, int) else f"{key} {value:.4f}"
 
 
 def _short(number: float) -> str:
@@ -189,11 +204,3 @@ def _short(number: float) -> str:
 
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _printable(text: str) -> str:
-    """A model may write escape sequences, which must not reach the terminal."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else repr(char)[1:-1]
-        for char in text
-    )

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class MetricsFile:
@@ -20,13 +21,9 @@ class MetricsFile:
         mode = "w" if resume_step is None else "a"
         self._file = path.open(mode, encoding="utf-8", newline="\n")
 
-    def write(self, row: dict[str, float | int | str]) -> None:
-        """Appends one row. JSON has no NaN or infinity: those become null."""
-        finite = {
-            key: value if isinstance(value, str) or math.isfinite(value) else None
-            for key, value in row.items()
-        }
-        line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row of what JSON can say; NaN and infinity become null."""
+        line = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -57,6 +54,15 @@ def cut_back(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(shorter, path)
+
+
+def _finite(value: Any) -> Any:
+    """Returns the value with None for each number that is not finite, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict]]:

@@ -62,12 +62,12 @@ class WandbLogger:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
-    def log_samples(self, step: int, samples: list[dict]) -> None:
-        """Logs the samples as one table, a column per key."""
-        columns = list(dict.fromkeys(key for sample in samples for key in sample))
-        rows = [[sample.get(column) for column in columns] for sample in samples]
-        table = self._wandb.Table(columns=columns, data=rows)
-        self._run.log({"step": step, "samples": table})
+    def log_table(self, step: int, name: str, rows: list[dict]) -> None:
+        """Logs the rows as one table, a column per key."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(column) for column in columns] for row in rows]
+        table = self._wandb.Table(columns=columns, data=cells)
+        self._run.log({"step": step, name: table})
 
     def log_checkpoint(self, step: int, path: Path) -> None:
         """Notes where the newest checkpoint lies; nothing is uploaded."""

@@ -1,14 +1,17 @@
 """What every trainer is told."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from relax.data.corpora import DataConfig
+from relax.data.records import RecordsConfig
 from relax.model.config import LlamaConfig
 from relax.optim import OptimizerConfig
 from relax.sampling import SamplingConfig
+from relax.text.chat import ChatTemplate
 from relax.text.tokenizers import Tokenizer
 
 
@@ -17,14 +20,15 @@ class LoopConfig:
     """The loop that all trainers share; counts are in optimizer steps.
 
     batch_size: rows per step over all devices, taken in `accumulation` parts.
-    context: tokens per row. steps_per_dispatch: steps that one call of the device runs.
-    eval_every, save_every: 0 is never (the last step is evaluated and saved always).
-    keep_last: how many last checkpoints stay beside the best. max_logits: how many
-    logits may exist at a time. z_loss: weight of log²Z. sample_prompt,
-    sample_tokens: what is sampled at each evaluation (0 tokens: nothing).
-    profile_start: step at which `profile_steps` are profiled; null: never.
+    context: most tokens per row. steps_per_dispatch: steps that one call of the device
+    runs. eval_every, save_every: 0 is never (the last step is evaluated and saved
+    always). keep_last: how many last checkpoints stay beside the best. stop_metric,
+    stop_value: the run ends where an evaluation's metric reaches the value (from above
+    where the name ends in "loss"); null: never. max_logits: how many logits may exist
+    at a time. profile_start: step at which `profile_steps` are profiled; null: never.
     """
 
+    kind: str
     num_steps: int
     batch_size: int
     accumulation: int
@@ -34,10 +38,9 @@ class LoopConfig:
     eval_batch_size: int
     save_every: int
     keep_last: int
+    stop_metric: str | None
+    stop_value: float | None
     max_logits: int
-    z_loss: float
-    sample_prompt: str
-    sample_tokens: int
     profile_start: int | None
     profile_steps: int
 
@@ -54,7 +57,7 @@ class LoopConfig:
             "profile_steps",
         ):
             self._require(name, 1)
-        for name in ("eval_every", "save_every", "z_loss", "sample_tokens"):
+        for name in ("eval_every", "save_every"):
             self._require(name, 0)
         if self.profile_start is not None:
             self._require("profile_start", 0)
@@ -70,33 +73,94 @@ class LoopConfig:
                     f"trainer.{name}={value} must be a multiple of "
                     f"trainer.steps_per_dispatch={self.steps_per_dispatch}"
                 )
+        if (self.stop_metric is None) != (self.stop_value is None):
+            raise ValueError(
+                f"trainer.stop_metric={self.stop_metric} and trainer.stop_value="
+                f"{self.stop_value}: give both, or null for both"
+            )
 
-    def _require(self, name: str, least: int) -> None:
+    def _check_kind(self, kind: str) -> None:
+        if self.kind != kind:
+            raise ValueError(f"trainer.kind={self.kind!r} is not {kind}")
+
+    def _require(self, name: str, least: float) -> None:
         value = getattr(self, name)
-        if value < least:
+        if not value >= least:
             raise ValueError(f"trainer.{name}={value} must be at least {least}")
+
+    def _choose(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(
+                f"trainer.{name}={value!r} is unknown; choose one of "
+                f"{', '.join(choices)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(LoopConfig):
-    """Next-token prediction over a text."""
+    """Next-token prediction over a text.
 
-    kind: str
+    z_loss: weight of log²Z. sample_prompt, sample_tokens: what is sampled at each
+    evaluation (0 tokens: nothing).
+    """
+
+    z_loss: float
+    sample_prompt: str
+    sample_tokens: int
 
     def __post_init__(self):
         super().__post_init__()
-        if self.kind != "pretrain":
-            raise ValueError(f"trainer.kind={self.kind!r} is not pretrain")
+        self._check_kind("pretrain")
+        self._require("z_loss", 0)
+        self._require("sample_tokens", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(LoopConfig):
+    """Next-token prediction over the targets of records.
+
+    label_smoothing: of the training loss. neftune_alpha: noise on the embeddings, 0:
+    none. eval_prompts: held-out prompts that are completed at each evaluation (0:
+    none), `eval_samples` times each, and judged by `eval_reward` (null: only whether
+    they end by themselves). show_samples: how many of them are shown.
+    """
+
+    z_loss: float
+    label_smoothing: float
+    neftune_alpha: float
+    eval_prompts: int
+    eval_samples: int
+    eval_reward: str | None
+    show_samples: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_kind("sft")
+        for name in ("z_loss", "neftune_alpha", "eval_prompts", "show_samples"):
+            self._require(name, 0)
+        self._require("eval_samples", 1)
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"trainer.label_smoothing={self.label_smoothing} must lie in [0, 1)"
+            )
 
 
 class Setup(NamedTuple):
-    """All that a trainer builds its task from: dataclasses, tokenizer and mesh."""
+    """All that a trainer builds its task from: dataclasses, tokenizer and mesh.
+
+    template: how chats are written, None where that isn't known. stop_ids: the ids that
+    end a completion. folder: the run's.
+    """
 
     trainer: LoopConfig
     model: LlamaConfig
     optimizer: OptimizerConfig
     sampling: SamplingConfig
-    data: DataConfig
+    data: DataConfig | RecordsConfig
     tokenizer: Tokenizer
     mesh: Mesh
     seed: int
+    template: ChatTemplate | None = None
+    stop_ids: tuple[int, ...] = ()
+    folder: Path | None = None

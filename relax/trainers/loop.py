@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +36,52 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number
 
 
-@dataclass(frozen=True)
+class Evaluation(NamedTuple):
+    """What an evaluation found: metrics, and samples as `Tracker.log_samples` takes."""
+
+    metrics: dict[str, float]
+    samples: list[dict] = []
+
+
+class Prepared(NamedTuple):
+    """What was done before a dispatch: the state to go on with, and what to report."""
+
+    state: TrainState
+    metrics: dict[str, float]
+    completions: list[dict]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What a trainer gives to the loop.
 
     train_step: `(state, batches) -> (state, metrics)`, metrics `[steps]` each.
-    batch_at: step -> this process's rows. evaluate: params -> metrics with `val_loss`,
-    or None where there is nothing to evaluate on. sample: params -> samples, or None.
-    schedule: step -> learning rate. cost: FLOPs per token, and the peak FLOP/s of all
-    devices or None.
+    batch_at: step -> this process's rows. tokens_at: step -> tokens in the rows of all
+    processes. schedule: step -> learning rate. cost: FLOPs per token, and the peak
+    FLOP/s of all devices or None.
+
+    evaluate: params -> Evaluation, or None where there is nothing to evaluate on. rank:
+    its metrics -> what the best checkpoint has least of, or None. prepare: `(state,
+    step) -> Prepared`, before the step. conclude: `(step, metrics) -> more metrics`; it
+    raises where these say that the run must not go on. extra: params -> what the train state is to keep besides.
+    progress, restore: what a checkpoint keeps as JSON, and its way back.
     """
 
     train_step: Callable
     batch_at: Callable[[int], Mapping[str, np.ndarray]]
-    evaluate: Callable[[Any], dict[str, float]] | None
-    sample: Callable[[Any], list[dict]] | None
+    tokens_at: Callable[[int], int]
     schedule: Callable[[int], Any]
     cost: tuple[float, float | None]
+    evaluate: Callable[[Any], Evaluation] | None = None
+    rank: Callable[[Mapping[str, float]], float | None] = lambda m: m.get("val_loss")
+    prepare: Callable[[TrainState, int], Prepared] | None = None
+    conclude: Callable[[int, Mapping[str, float]], dict[str, float]] = (
+        lambda step, metrics: {}
+    )
+    extra: Callable[[Any], Any] = lambda params: {}
+    progress: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[Mapping[str, Any]], None] = lambda progress: None
+    close: Callable[[], None] = lambda: None
 
 
 class Loop:
@@ -67,8 +96,12 @@ class Loop:
         tracker: Tracker,
         folder: Path,
         info: dict,
+        num_tokens: int = 0,
     ):
-        """`info` is what a checkpoint keeps beside its arrays."""
+        """`info` is what a checkpoint keeps beside its arrays.
+
+        num_tokens: trained on so far.
+        """
         self._config = config
         self._task = task
         self._mesh = mesh
@@ -76,7 +109,9 @@ class Loop:
         self._tracker = tracker
         self._folder = folder
         self._info = info
+        self._num_tokens = num_tokens
         self._stop_signal: int | None = None
+        self._is_reached = False
         self._is_profiling = False
         self._read_at = time.perf_counter()
 
@@ -93,23 +128,30 @@ class Loop:
         self._rates = np.asarray(jax.jit(jax.vmap(self._task.schedule))(every_step))
         with self._signals(), self._profiler():
             self._read_at = time.perf_counter()
-            while step < self._config.num_steps:
+            while step < self._config.num_steps and not self._is_reached:
                 self._profile(step, state)
                 count = self._steps_in_dispatch(step)
+                prepared = self._prepare(state, step)
                 state, metrics = self._task.train_step(
-                    state, self._batches(step, count)
+                    prepared.state, self._batches(step, count)
                 )
                 step += count
                 # Read the dispatch before this one while the device runs this one.
                 if pending is not None:
                     self._report(*pending)
-                pending = (step, count, metrics)
-                if self._is_milestone(step):
+                pending = (step, count, metrics, prepared)
+                if self._is_milestone(step) or self._task.prepare:
                     self._report(*pending)
                     pending = None
+                if self._is_milestone(step):
                     self._milestone(step, state)
             self._checkpoints.wait()
         return state
+
+    def _prepare(self, state: TrainState, step: int) -> Prepared:
+        if self._task.prepare is None:
+            return Prepared(state, {}, [])
+        return self._task.prepare(state, step)
 
     def _steps_in_dispatch(self, step: int) -> int:
         """Returns the steps up to a multiple of steps_per_dispatch or to the last."""
@@ -122,24 +164,35 @@ class Loop:
         stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
         return shard_batch(self._mesh, stacked, leading=1)
 
-    def _report(self, step: int, count: int, metrics: Mapping[str, jax.Array]) -> None:
+    def _report(
+        self,
+        step: int,
+        count: int,
+        metrics: Mapping[str, jax.Array],
+        prepared: Prepared,
+    ) -> None:
         """Reads a dispatch's metrics, checks them and logs each step."""
         values = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, self._read_at = (now - self._read_at) / count, now
-        tokens = self._config.batch_size * self._config.context
         flops_per_token, peak = self._task.cost
         for index in range(count):
             done = step - count + index + 1
+            tokens = self._task.tokens_at(done - 1)
+            self._num_tokens += tokens
             row = {name: float(value[index]) for name, value in values.items()}
+            row |= prepared.metrics
             _check_finite(done, row, self._checkpoints)
             row["learning_rate"] = float(self._rates[done - 1])
-            row["tokens"] = done * tokens
+            row["tokens"] = self._num_tokens
             row["step_time"] = seconds
             row["tokens_per_second"] = tokens / seconds
             if peak:
                 row["mfu"] = flops_per_token * tokens / seconds / peak
+            row |= self._task.conclude(done, row)
             self._tracker.log_step(done, row)
+        if prepared.completions:
+            self._tracker.log_completions(step, prepared.completions)
 
     def _is_milestone(self, step: int) -> bool:
         config = self._config
@@ -154,16 +207,15 @@ class Loop:
         """Evaluates and saves where that is due; ends the run on a signal."""
         config = self._config
         last = step >= config.num_steps
-        metrics = None
+        metrics: dict[str, float] = {}
         if self._task.evaluate and (last or _due(step, config.eval_every)):
-            metrics = self._task.evaluate(state.params)
+            evaluation = self._task.evaluate(state.params)
+            metrics = evaluation.metrics
             _check_finite(step, metrics, self._checkpoints)
             self._tracker.log_evaluation(step, metrics)
-            if self._task.sample:
-                self._tracker.log_samples(step, self._task.sample(state.params))
-        path = self._checkpoints.save(step, state, metrics, self._info)
-        self._tracker.log_checkpoint(step, path)
-        self._read_at = time.perf_counter()
+            if evaluation.samples:
+                self._tracker.log_samples(step, evaluation.samples)
+        self._save(step, state, metrics)
         if self._stop_signal is not None and not last:
             self._checkpoints.wait()
             name = signal.Signals(self._stop_signal).name
@@ -171,6 +223,34 @@ class Loop:
                 f"{name}: saved step {step}; go on with resume={self._folder}",
                 self._stop_signal,
             )
+        if metrics and config.stop_metric is not None and not last:
+            self._is_reached = self._reaches(metrics)
+
+    def _save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        rank = self._task.rank(metrics)
+        progress = {"num_tokens": self._num_tokens, **self._task.progress()}
+        path = self._checkpoints.save(
+            step,
+            state,
+            None if rank is None else {"val_loss": rank},
+            {**self._info, "progress": progress},
+        )
+        self._tracker.log_checkpoint(step, path)
+        self._read_at = time.perf_counter()
+
+    def _reaches(self, metrics: dict[str, float]) -> bool:
+        """Returns whether the run may end here, as `stop_metric` says."""
+        name, goal = self._config.stop_metric, self._config.stop_value
+        if name not in metrics:
+            raise ValueError(
+                f"trainer.stop_metric={name} is none of what an evaluation gives: "
+                f"{', '.join(metrics)}"
+            )
+        value = metrics[name]
+        reached = value <= goal if name.endswith("loss") else value >= goal
+        if reached:
+            self._tracker.message(f"{name} {value:.4f} has reached {goal}: the end")
+        return reached
 
     @contextmanager
     def _signals(self):

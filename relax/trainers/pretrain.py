@@ -10,13 +10,12 @@ from relax.data.windows import TrainingBatches, target_bytes, validation_batches
 from relax.generation.generator import Generator
 from relax.generation.requests import Request
 from relax.model.llama import make_llama
-from relax.model.parameters import training_flops_per_token
 from relax.optim import make_optimizer, make_schedule
-from relax.sharding import batch_multiple, make_constrain, shard_batch
-from relax.steps import make_eval_step, make_language_model_loss, make_train_step
-from relax.tracking.flops import peak_flops
+from relax.sharding import batch_multiple, make_constrain
+from relax.steps import make_language_model_loss, make_train_step
+from relax.trainers.common import check_sizes, cost_per_token, make_validation
 from relax.trainers.config import Setup
-from relax.trainers.loop import Task
+from relax.trainers.loop import Evaluation, Task
 
 
 def make_task(setup: Setup) -> Task:
@@ -25,7 +24,7 @@ def make_task(setup: Setup) -> Task:
     Raises ValueError where the context is longer than the model's or the data, or the
     rows can't be dealt out to the mesh.
     """
-    _check(setup)
+    check_sizes(setup)
     trainer, model = setup.trainer, setup.model
     apply = make_llama(model, make_constrain(setup.mesh)).apply
     loss_fn = make_language_model_loss(
@@ -43,6 +42,7 @@ def make_task(setup: Setup) -> Task:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    tokens = trainer.batch_size * trainer.context
     return Task(
         train_step=make_train_step(
             loss_fn,
@@ -51,67 +51,46 @@ def make_task(setup: Setup) -> Task:
             accumulation=trainer.accumulation,
         ),
         batch_at=batches.__getitem__,
-        evaluate=_make_evaluate(setup, loss_fn, corpus),
-        sample=_make_sample(setup, apply),
+        tokens_at=lambda step: tokens,
+        evaluate=_make_evaluate(setup, loss_fn, corpus, _make_sample(setup, apply)),
         schedule=make_schedule(setup.optimizer, trainer.num_steps),
-        cost=_cost(setup),
+        cost=cost_per_token(setup),
     )
 
 
-def _check(setup: Setup) -> None:
-    context, limit = setup.trainer.context, setup.model.max_position_embeddings
-    if context > limit:
-        raise ValueError(
-            f"trainer.context={context} is longer than "
-            f"model.max_position_embeddings={limit}; lower the one or raise the other"
-        )
-    multiple = batch_multiple(setup.mesh)
-    trainer = setup.trainer
-    for name, rows in (
-        (
-            "batch_size / trainer.accumulation",
-            trainer.batch_size // trainer.accumulation,
-        ),
-        ("eval_batch_size", trainer.eval_batch_size),
-    ):
-        if rows % multiple:
-            raise ValueError(
-                f"trainer.{name}={rows} must be a multiple of mesh.data x mesh.fsdp = "
-                f"{multiple}"
-            )
-
-
-def _make_evaluate(setup: Setup, loss_fn, corpus: Corpus):
+def _make_evaluate(setup: Setup, loss_fn, corpus: Corpus, sample):
     """Returns params -> loss over the whole validation split, or None without one."""
     if len(corpus.validation) < 2:
         return None
-    eval_step = make_eval_step(loss_fn)
     num_bytes = target_bytes(corpus.validation, setup.tokenizer)
     trainer = setup.trainer
 
-    def evaluate(params) -> dict[str, float]:
-        total = {"loss": 0.0, "weight": 0.0, "accuracy": 0.0}
-        for batch in validation_batches(
+    def batches():
+        return validation_batches(
             corpus.validation,
             batch_size=trainer.eval_batch_size,
             context=trainer.context,
-        ):
-            sums = jax.device_get(eval_step(params, shard_batch(setup.mesh, batch)))
-            total = {name: value + float(sums[name]) for name, value in total.items()}
-        return {
+        )
+
+    validate = make_validation(setup, loss_fn, batches)
+
+    def evaluate(params) -> Evaluation:
+        total = validate(params)
+        metrics = {
             "val_loss": total["loss"] / total["weight"],
             "val_bits_per_byte": total["loss"] / math.log(2) / num_bytes,
-            "val_accuracy": total["accuracy"] / total["weight"],
+            "val_accuracy": total["mean_token_accuracy"] / total["weight"],
         }
+        return Evaluation(metrics, sample(params))
 
     return evaluate
 
 
 def _make_sample(setup: Setup, apply):
-    """Returns params -> what the model makes of the sample prompt, or None."""
+    """Returns params -> what the model makes of the sample prompt."""
     trainer, tokenizer = setup.trainer, setup.tokenizer
     if not trainer.sample_tokens:
-        return None
+        return lambda params: []
     prompt, limit = trainer.sample_prompt, setup.model.max_position_embeddings
     mesh = setup.mesh
     layout = batch_multiple(mesh), make_constrain(mesh)
@@ -131,11 +110,3 @@ def _make_sample(setup: Setup, apply):
         return [{"prompt": prompt, "completion": completion.text}]
 
     return sample
-
-
-def _cost(setup: Setup) -> tuple[float, float | None]:
-    """Returns FLOPs per token, and the mesh's peak FLOP/s where it is known."""
-    flops = training_flops_per_token(setup.model, setup.trainer.context)
-    device = setup.mesh.devices.flat[0]
-    peak = peak_flops(device.device_kind, setup.model.compute_dtype)
-    return flops, peak and peak * setup.mesh.size

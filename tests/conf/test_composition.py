@@ -38,6 +38,11 @@ SHARED = ("sampling", "mesh", "runtime")
 # Options that leave a value to the command line.
 OPEN = {
     ("data", "text"): "data.path=corpus.txt",
+    ("data", "arithmetic"): "trainer=sft",
+    ("data", "countdown"): "trainer=grpo",
+    ("data", "conversations"): "trainer=sft data.path=chats.jsonl",
+    ("data", "gsm8k"): "trainer=grpo",
+    ("data", "prompts"): "trainer=grpo data.path=prompts.jsonl",
     ("tokenizer", "sentencepiece"): "tokenizer.path=tokenizer.model",
     ("tokenizer", "huggingface"): "tokenizer.path=tokenizer.json",
     ("task", "score"): "prompt=text",

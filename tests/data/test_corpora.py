@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 import pytest
 import yaml
 
@@ -46,7 +47,7 @@ def isolated(monkeypatch, tmp_path):
 
     monkeypatch.delenv("RELAX_DATA_DIR", raising=False)
     monkeypatch.setattr(
-        corpora.platformdirs, "user_cache_path", lambda name: tmp_path / "user" / name
+        platformdirs, "user_cache_path", lambda name: tmp_path / "user" / name
     )
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
 

@@ -195,7 +195,7 @@ def test_no_step_needs_room_for_a_second_cache(
     for lowered in (
         steps.decode.lower(params, cache, rows, 5, 3, **options),
         steps.prefill.lower(params, cache, rows.text[:, :7], *[places] * 3),
-        steps.copy.lower(cache, 0, 1, 5),
+        steps.copy.lower(cache, np.zeros((3, 3), np.int32), 2),
     ):
         assert lowered.compile().memory_analysis().temp_size_in_bytes < buffer
 

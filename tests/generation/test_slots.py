@@ -65,9 +65,11 @@ class FakeSteps:
             text = (*text, int(token))
             texts[slot] = text
 
-    def copy(self, cache, source, target, length):
-        self.calls.append(("copy", source, target, length))
-        cache.texts[target][:length] = cache.texts[source][:length]
+    def copy(self, cache, pairs, count):
+        assert pairs.shape == (len(cache.texts), 3)
+        for source, target, length in pairs[:count].tolist():
+            self.calls.append(("copy", source, target, length))
+            cache.texts[target][:length] = cache.texts[source][:length]
         return cache
 
     def of(self, name):

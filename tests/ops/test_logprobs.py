@@ -1,11 +1,12 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.ops.logprobs import compute_logits, token_stats
+from relax.ops.logprobs import compute_logits, mean_logits, token_stats
 
 B, T, D, V, ROWS = 2, 7, 5, 11, 13
 TEMPERATURE = 0.7
@@ -154,6 +155,88 @@ def test_logits_are_float32_products_of_activations_in_their_dtype():
     weights = random_weights()
     d_hidden, d_table = gradients(stats, hidden, table, targets, weights)
     assert (d_hidden.dtype, d_table.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_mean_logits_are_those_of_the_real_rows():
+    hidden, table, _ = inputs()
+    actual = mean_logits(hidden, table, V, temperature=TEMPERATURE)
+    expected = np.mean(np.asarray(compute_logits(hidden, table, V))[..., :V], axis=-1)
+    np.testing.assert_allclose(actual, expected / TEMPERATURE, rtol=0, atol=2e-6)
+
+
+def supports(seed=2):
+    """Returns which ids each position is over `[B, T, ROWS]`, targets among them.
+
+    Those of the first position are none, which is all.
+    """
+    ids = np.random.default_rng(seed).random((B, T, ROWS)) < 0.4
+    _, _, targets = inputs()
+    np.put_along_axis(ids, np.asarray(targets)[..., None], True, axis=-1)
+    ids[..., V:] = False
+    ids[0, 0] = False
+    return ids
+
+
+SUPPORTS = supports()
+
+
+def stats_by_masked_log_softmax(hidden, table, targets, ids=SUPPORTS):
+    """Returns logprobs, logsumexp and entropy over each position's ids."""
+    ids = ids[..., :V].copy()
+    ids[0, 0] = True
+    logits = jnp.einsum("btd,vd->btv", hidden, table[:V]) / TEMPERATURE
+    # -100 is as good as nothing here, and has no 0 x inf in its gradient.
+    logits = jnp.where(ids, logits, -100.0)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return logprobs, jax.nn.logsumexp(logits, axis=-1), entropy
+
+
+@pytest.mark.parametrize("chunk", [3, T])
+def test_a_support_renormalises_over_its_ids(chunk):
+    arrays, weights = inputs(), random_weights()
+    support = jnp.packbits(jnp.asarray(SUPPORTS), axis=-1)
+    assert support.shape == (B, T, 2)
+
+    def supported(*arrays):
+        return stats(*arrays, support=support, max_logits=chunk * B * ROWS)
+
+    actual = supported(*arrays)
+    expected = stats_by_masked_log_softmax(*arrays)
+    for ours, theirs in zip(actual[:3], expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6)
+    found = gradients(supported, *arrays, weights)
+    dense = gradients(stats_by_masked_log_softmax, *arrays, weights)
+    for ours, theirs in zip(found, dense, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+def test_a_support_by_hand():
+    # Weights 1, 2, 5, of which the first and the last are left: 1/6 and 5/6.
+    hidden, table = jnp.ones((1, 1, 1)), jnp.log(jnp.array([[1.0], [2.0], [5.0]]))
+    support = jnp.array([[[0b10100000]]], jnp.uint8)
+    for target, logprob in ((0, math.log(1 / 6)), (2, math.log(5 / 6))):
+        actual = token_stats(hidden, table, jnp.array([[target]]), 3, support=support)
+        assert float(actual.logprobs[0, 0]) == pytest.approx(logprob, abs=1e-6)
+        assert float(actual.logsumexp[0, 0]) == pytest.approx(math.log(6), abs=1e-6)
+
+
+def test_a_target_outside_its_support_moves_only_the_ids_within():
+    arrays, weights = inputs(), random_weights()
+    ids = SUPPORTS.copy()
+    ids[1, 2, arrays[2][1, 2]] = False
+    support = jnp.packbits(jnp.asarray(ids), axis=-1)
+
+    def supported(*arrays):
+        return stats(*arrays, support=support)
+
+    logprobs = supported(*arrays).logprobs
+    assert logprobs[1, 2] == -np.inf and np.isfinite(logprobs).sum() == B * T - 1
+    found = gradients(supported, *arrays, weights)
+    dense = gradients(partial(stats_by_masked_log_softmax, ids=ids), *arrays, weights)
+    for ours, theirs in zip(found, dense, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6)
 
 
 def peak_bytes(max_logits, length=64, rows=1024):

@@ -41,6 +41,7 @@ def config(tmp_path):
         add_special_tokens=(),
         new_rows="mean",
         template=None,
+        adapter=False,
     )
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import rich.console
 
+from relax.tracking.completions import shorten
 from relax.tracking.console import Console
 
 STEP = {
@@ -29,6 +30,13 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+ROWS = [
+    {"prompt": "2+3=", "completion": "5", "exact": 1.0, "finished": True, "count": 2},
+    {"prompt": "2+3=", "completion": "7[b]\x1b[31m\n" + "again " * 50, "exact": None},
+    *[{"prompt": "4+5=", "completion": "9", "advantage": -0.25, "exact": 0.5}] * 5,
+]
 
 
 @pytest.fixture
@@ -70,6 +78,45 @@ def test_unknown_metrics_are_left_out(lines):
     assert lines() == ["step 1/3  loss nan  97 tok/s  0:00:00 (0:00:00 left)"]
 
 
+GRPO = {
+    "loss": 0.0001,
+    "reward": 0.51234,
+    "reward_std": 0.25,
+    "completions/mean_length": 12.34,
+    "kl": 0.012345,
+    "entropy": 0.75,
+}
+
+
+def test_the_lines_of_a_policy_and_of_its_evaluation(lines):
+    with Console(50, clock=Clock()) as console:
+        console.step(10, {**GRPO, "mean_token_accuracy": None})
+        console.evaluation(
+            10, {"val_pass@1": 0.5125, "val_pass@4": 0.9, "val_loss": 1.5, "val_n": 64}
+        )
+    assert lines() == [
+        "step 10/50  loss 0.0001  reward 0.512  reward_std 0.250  length 12.3  "
+        "kl 0.0123  entropy 0.750  0:00:00 (0:00:00 left)",
+        "step 10  val_pass@1 51.2%  val_pass@4 90.0%  val_loss 1.5000  val_n 64",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        (GRPO, "reward 0.512  length 12.3  kl 0.0123"),
+        ({**GRPO, "kl": None}, "reward 0.512  length 12.3  entropy 0.750"),
+        ({**STEP, "mean_token_accuracy": 0.5}, "loss 1.8862  acc 50.0%  12.3k tok/s"),
+    ],
+)
+def test_the_live_line_fits_in_80_columns(metrics, shown):
+    screen = rich.console.Console(force_terminal=True, file=io.StringIO(), width=80)
+    with Console(20000, terminal=screen, clock=Clock()) as console:
+        console.step(12345, metrics)
+    last = plain(screen).rstrip().rsplit("\r", 1)[-1]
+    assert f" {shown} 0:00:00 " in last and "━" in last and len(last) <= 80
+
+
 def test_time_left_leaves_the_compilation_out(lines):
     clock = Clock()
     console = Console(100, clock=clock)
@@ -94,11 +141,46 @@ def test_samples_are_one_record_indented(lines):
     assert lines() == ["step 2  samples\n\n    Once\n    upon\n\n    a time"]
 
 
+def test_completions_are_one_record_a_line_each(lines):
+    with Console(5) as console:
+        console.completions(2, ROWS)
+    [record] = lines()
+    header, *rows = record.splitlines()
+    assert header == "step 2  completions (the first 4 of 7)"
+    assert rows[0] == "    2+3= → 5  exact 1.000  count 2  advantage –"
+    assert rows[1].startswith(r"    2+3= → 7[b]\x1b[31m\nagain again")
+    assert "again…again" in rows[1].replace(" ", "")
+    assert rows[1].endswith("  exact –  count –  advantage –")
+    assert rows[2:] == ["    4+5= → 9  exact 0.500  count –  advantage -0.250"] * 2
+
+
+def test_completions_are_a_table_in_a_terminal(screen):
+    with Console(5, terminal=screen) as console:
+        console.completions(2, ROWS[:3])
+    shown = [re.split(r"\s*[│┃]\s*", line) for line in plain(screen).splitlines()]
+    cells = [row[1:-1] for row in shown if len(row) > 3]
+    assert "step 2  completions" in plain(screen)
+    assert cells[0] == ["prompt", "completion", "exact", "count", "advantage"]
+    assert cells[1] == ["2+3=", "5", "1.000", "2", "–"]
+    assert cells[2] == ["2+3=", r"7[b]\x1b[31m", "–", "–", "–"]
+    assert cells[-1] == ["4+5=", "9", "0.500", "–", "-0.250"]
+    assert max(map(len, plain(screen).splitlines())) <= 90
+
+
+@pytest.mark.parametrize(
+    ("limit", "short"),
+    [(10, "0123456789"), (9, "012345…89"), (4, "012…"), (5, "012…9")],
+)
+def test_a_long_text_lacks_its_middle(limit, short):
+    assert shorten("0123456789", limit) == short
+
+
 def test_quiet_shows_nothing(lines, screen):
     with Console(5, quiet=True, terminal=screen) as console:
         console.step(1, STEP)
         console.evaluation(1, {"val_loss": 1.5})
         console.samples(1, ["Once"])
+        console.completions(1, ROWS)
         console.message("saved")
     assert lines() == [] and screen.file.getvalue() == ""
 

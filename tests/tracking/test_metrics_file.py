@@ -39,6 +39,16 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
     assert row == {"step": 1, "loss": None, "a": None, "b": None}
 
 
+def test_a_row_holds_whatever_json_can_say(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = MetricsFile(path, resume_step=None)
+    row = {"step": 1, "none": None, "done": True, "text": "é", "ids": [2, 3], "few": ()}
+    file.write({**row, "nested": {"rates": [0.5, float("nan")]}})
+    file.close()
+    nested = {"rates": [0.5, None]}
+    assert read_metrics(path) == [{**row, "few": [], "nested": nested}]
+
+
 def test_a_resumed_file_goes_on_after_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_rows(path, [2, 3, 5, 7, 11])

@@ -119,10 +119,57 @@ def test_wandb_gets_what_the_files_get(tmp_path, wandb_logger):
     assert wandb_logger().calls == [
         ("log_metrics", 5, {"loss": 3.5}),
         ("log_metrics", 5, {"val_loss": 3.25}),
-        ("log_samples", 5, samples),
+        ("log_table", 5, "samples", samples),
         ("log_checkpoint", 5, tmp_path / "5"),
         ("finish", ("failed", False)),
     ]
+
+
+COMPLETIONS = [
+    {
+        "prompt": "2+3=",
+        "completion": "5",
+        "exact": 1.0,
+        "advantage": 0.5,
+        "tokens": [5],
+    },
+    {"prompt": "2+3=", "completion": "7", "exact": None, "advantage": float("nan")},
+]
+
+
+def test_completions_reach_file_wandb_and_log(tmp_path, wandb_logger, caplog):
+    caplog.set_level(logging.INFO, logger="relax.tracking.console")
+    with make_tracker(tmp_path, WANDB) as tracker:
+        tracker.log_completions(5, COMPLETIONS)
+        tracker.log_completions(7, COMPLETIONS[:1], show=False)
+        tracker.log_step(7, {"reward": 0.5})
+    stepped = [{"step": 5, **row} for row in COMPLETIONS]
+    assert wandb_logger().calls[0] == ("log_table", 5, "completions", stepped)
+    assert read_metrics(tmp_path / "completions.jsonl") == [
+        stepped[0],
+        {**stepped[1], "advantage": None},
+        {"step": 7, **COMPLETIONS[0]},
+    ]
+    assert "2+3= → 5  exact 1.000  advantage 0.500" in caplog.messages[0]
+    assert len(wandb_logger().calls) == len(caplog.messages) + 1 == 3  # and finish
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("metrics.jsonl", "samples.jsonl", "completions.jsonl", "rewards.png")
+    }
+
+
+@pytest.mark.parametrize(("start", "kept"), [(7, [5, 7]), (0, [])])
+def test_completions_are_cut_back_where_no_more_come(tmp_path, start, kept):
+    path = tmp_path / "completions.jsonl"
+    make_tracker(tmp_path).finish()
+    assert not path.exists()
+    with make_tracker(tmp_path) as tracker:
+        for step in (5, 7, 11):
+            tracker.log_completions(step, COMPLETIONS[:1])
+    make_tracker(tmp_path, start_step=start).finish()
+    assert path.exists() == bool(kept)
+    with make_tracker(tmp_path, start_step=start) as tracker:
+        tracker.log_completions(8, COMPLETIONS[:1])
+    assert [row["step"] for row in read_metrics(path)] == [*kept, 8]
 
 
 @pytest.mark.parametrize(("start_step", "resume_id"), [(0, None), (5, "abc123")])

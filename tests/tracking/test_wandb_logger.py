@@ -1,5 +1,6 @@
 """wandb runs: a stand-in module for what is logged, the real one for being offline."""
 
+import json
 import logging
 import os
 import pty
@@ -150,8 +151,9 @@ def test_metrics_samples_and_checkpoints_are_logged_over_the_metric_step(started
     logger, wandb = started()
     logger.log_metrics(7, {"loss": 3.25})
     logger.log_metrics(5, {"val_loss": 3.5})
-    logger.log_samples(
+    logger.log_table(
         5,
+        "samples",
         [
             {"prompt": "a", "completion": "b"},
             {"prompt": "c", "completion": "d", "reward": 0.5},
@@ -203,7 +205,9 @@ for resume_id in (None, "stored"):
     resume_id = resume_id and wandb_logger.stored_run_id(folder)
     logger = wandb_logger.WandbLogger(config, {"seed": 3}, folder, "tiny", resume_id)
     logger.log_metrics(7, {"loss": 3.28125})
-    logger.log_samples(7, [{"prompt": "Once", "completion": " upon a time"}])
+    logger.log_table(7, "samples", [{"prompt": "Once", "completion": " upon a time"}])
+    rows = [{"step": 7, "exact": None, "done": True}, {"step": 7, "exact": 0.5}]
+    logger.log_table(7, "completions", rows)
     logger.log_checkpoint(7, folder / "checkpoints" / "7")
     logger.finish()
 """
@@ -242,6 +246,10 @@ def check_offline_run(folder, process):
             assert value in part.read_bytes()
         (table,) = part.parent.glob("files/media/table/samples*.table.json")
         assert " upon a time" in table.read_text()
+        (table,) = part.parent.glob("files/media/table/completions*.table.json")
+        columns, data = map(json.loads(table.read_text()).get, ("columns", "data"))
+        assert columns == ["step", "exact", "done"]
+        assert data == [[7, None, True], [7, 0.5, None]]
 
 
 def test_real_wandb_without_a_key_writes_an_offline_run(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from relax.sharding import MeshConfig, make_mesh
-from relax.trainers.loop import Loop, NonFiniteError, Stopped, Task
+from relax.trainers.loop import Evaluation, Loop, NonFiniteError, Stopped, Task
 
 
 class Metric:
@@ -33,14 +33,15 @@ class Run:
 
     def __init__(self, folder, config, losses=None, val_loss=2.5, start=0, cost=()):
         self.events, self.rows, self.saved, self.messages = [], [], {}, []
-        self.losses, self.val_loss = losses or {}, val_loss
+        self.losses, self.val_loss, self.config = losses or {}, val_loss, config
+        self.start = start
         self.on_dispatch = self.on_wait = self.on_evaluate = lambda *_: None
         self.state = SimpleNamespace(step=start, params=None)
         task = Task(
             train_step=self.train_step,
             batch_at=lambda step: {"tokens": np.array([step])},
+            tokens_at=lambda step: config.batch_size * config.context,
             evaluate=self.evaluate if val_loss else None,
-            sample=lambda params: self.events.append("sample"),
             schedule=self.schedule,
             cost=cost or (6.0, None),
         )
@@ -68,11 +69,14 @@ class Run:
     def evaluate(self, params):
         self.events.append(f"evaluate {params}")
         self.on_evaluate()
-        return {"val_loss": self.val_loss}
+        return Evaluation({"val_loss": self.val_loss}, [{"prompt": ""}])
 
     # The checkpoints.
     def save(self, step, state, metrics, info):
-        assert (state.step, info) == (step, {"model": "tiny"})
+        made = step - self.start
+        tokens = made * self.config.batch_size * self.config.context
+        progress = {"num_tokens": tokens}
+        assert (state.step, info) == (step, {"model": "tiny", "progress": progress})
         self.events.append(f"save {step}")
         self.saved[step] = metrics
         return f"checkpoints/{step}"
@@ -133,9 +137,9 @@ def test_a_checkpoint_follows_all_metrics_up_to_its_step(tmp_path, make_trainer)
     assert run.events == [
         *("schedule", "dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2"),
         *("dispatch 4", "read 3", "read 4", "save 4", "dispatch 5", "read 5"),
-        *("evaluate 5", "sample", "samples", "save 5"),
+        *("evaluate 5", "samples", "save 5"),
         *("dispatch 6", "dispatch 7", "read 6", "read 7"),
-        *("evaluate 7", "sample", "samples", "save 7", "wait"),
+        *("evaluate 7", "samples", "save 7", "wait"),
     ]
     assert run.saved == {4: None, 5: {"val_loss": 2.5}, 7: {"val_loss": 2.5}}
 

@@ -92,7 +92,7 @@ def plain_evaluation(setup: Setup, params) -> tuple[float, float]:
 @pytest.mark.parametrize("eval_batch_size", [1, 7, 23])
 def test_evaluation_covers_every_target_once(make_setup, params, eval_batch_size):
     setup = make_setup({"eval_batch_size": eval_batch_size})
-    metrics = make_task(setup).evaluate(params)
+    metrics = make_task(setup).evaluate(params).metrics
     loss, accuracy = plain_evaluation(setup, params)
     assert metrics["val_loss"] == pytest.approx(loss, rel=1e-6)
     assert metrics["val_accuracy"] == pytest.approx(accuracy, abs=1e-7)
@@ -109,7 +109,7 @@ def test_bits_per_byte_count_the_bytes_of_the_targets(make_setup, data_dir):
     )
     model = replace(make_setup().model, vocab_size=tokenizer.vocab_size)
     setup = make_setup(tokenizer=tokenizer, model=model)
-    metrics = make_task(setup).evaluate(init(setup).params)
+    metrics = make_task(setup).evaluate(init(setup).params).metrics
     ids = tokenizer.encode(VALIDATION)
     # The pieces spell VALIDATION's 253 bytes and the space that goes before a text.
     size = 1 + 253 - len(tokenizer.token_bytes(ids[0]))
@@ -141,19 +141,18 @@ def test_training_learns_the_text(make_setup):
 
 
 def test_samples_repeat_and_start_after_the_prompt(make_setup, params):
-    sample = make_task(
-        make_setup({"sample_prompt": "To be", "sample_tokens": 11})
-    ).sample
-    first, again = sample(params), sample(params)
+    fields = {"sample_prompt": "To be", "sample_tokens": 11}
+    evaluate = make_task(make_setup(fields)).evaluate
+    first, again = evaluate(params).samples, evaluate(params).samples
     assert first == again
     assert [set(row) for row in first] == [{"prompt", "completion"}]
     assert first[0]["prompt"] == "To be"
     assert 0 < len(first[0]["completion"]) <= 11
 
 
-def test_no_sample_tokens_no_samples(make_setup):
+def test_no_sample_tokens_no_samples(make_setup, params):
     setup = make_setup({"sample_prompt": "", "sample_tokens": 0})
-    assert make_task(setup).sample is None
+    assert make_task(setup).evaluate(params).samples == []
 
 
 @pytest.mark.parametrize("prompt", ["", "a" * 101])

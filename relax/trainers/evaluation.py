@@ -1,0 +1,113 @@
+"""How well held-out prompts are completed."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from relax.generation.requests import Completion, Request
+from relax.rewards import Reward, Sample
+from relax.trainers.config import Setup
+from relax.trainers.loop import Evaluation
+from relax.trainers.prompts import Prompt, check_length, make_prompt
+from relax.trainers.sampler import Sampler
+
+FIRST_INDEX = 2**31  # of held-out prompts: no key of theirs is one of training's
+
+
+def pass_at_k(solved: Sequence[int], num_samples: int, k: int) -> float:
+    """Returns the mean chance that one of k samples is right.
+
+    solved: right ones among `num_samples`, per prompt. The unbiased estimate of Chen et
+    al. 2021, https://arxiv.org/abs/2107.03374, eq. 1.
+    """
+    wrong = math.comb(num_samples, k)
+    return float(np.mean([1 - math.comb(num_samples - c, k) / wrong for c in solved]))
+
+
+def held_out_prompts(setup: Setup, records: Sequence, count: int) -> list[Prompt]:
+    """Returns the first `count` prompts of held-out records, for completion.
+
+    Raises ValueError where there are none, or one is too long.
+    """
+    if not len(records):
+        raise ValueError(
+            f"trainer.eval_prompts={count}, and the data holds no validation records; "
+            "hold some out, or set trainer.eval_prompts=0"
+        )
+    count = min(count, len(records))
+    prompts = [make_prompt(records[index], index, setup) for index in range(count)]
+    for index, prompt in enumerate(prompts):
+        check_length(prompt, index, setup)
+    return prompts
+
+
+def make_completion_evaluation(
+    setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], reward: Reward | None
+) -> Callable[..., Evaluation]:
+    """Returns params -> how the prompts are completed, `trainer.eval_samples` times.
+
+    Metrics: `val_ended`, the share that ended by itself, `val_mean_length` in tokens,
+    and with a reward `val_pass@1` and `val_pass@k` for k samples; a completion is right
+    where the reward is at least 1. The same keys are drawn with at each evaluation.
+    """
+    trainer = setup.trainer
+    count = trainer.eval_samples
+    sampling = replace(setup.sampling, seed=setup.seed)
+    requests = [
+        Request(prompt.ids, FIRST_INDEX + index, sample)
+        for index, prompt in enumerate(prompts)
+        for sample in range(count)
+    ]
+
+    def evaluate(params) -> Evaluation:
+        completions = sampler.complete(
+            sampler.decoding_params(params), requests, sampling, trainer.eval_batch_size
+        )
+        metrics = {
+            "val_ended": _mean(c.finish_reason == "stop" for c in completions),
+            "val_mean_length": _mean(len(c.token_ids) for c in completions),
+        }
+        rows = [prompt for prompt in prompts for _ in range(count)]
+        shown = [
+            {"prompt": prompt.text, "completion": completion.text}
+            for prompt, completion in zip(rows, completions, strict=True)
+        ][: trainer.show_samples * count : count]
+        if reward is not None:
+            solved = [
+                _solves(reward, as_sample(prompt, completion, sampling.max_new_tokens))
+                for prompt, completion in zip(rows, completions, strict=True)
+            ]
+            groups = np.reshape(solved, (len(prompts), count)).sum(axis=1)
+            for k in sorted({1, count}):
+                metrics[f"val_pass@{k}"] = pass_at_k(groups, count, k)
+        return Evaluation(metrics, shown)
+
+    return evaluate
+
+
+def as_sample(prompt: Prompt, completion: Completion, max_new_tokens: int) -> Sample:
+    """Returns what a reward judges."""
+    return Sample(
+        prompt=prompt.text,
+        completion=completion.text,
+        answer=prompt.answer,
+        record=prompt.record,
+        num_tokens=len(completion.token_ids),
+        max_new_tokens=max_new_tokens,
+        finished=completion.finish_reason == "stop",
+    )
+
+
+def _solves(reward: Reward, sample: Sample) -> bool:
+    """Returns whether a completion is right; one that can't be judged isn't."""
+    try:
+        value = reward(sample)
+    except Exception:  # a function of the user's, which never ends a run
+        return False
+    return value is not None and value >= 1.0
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))
