@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import haiku as hk
+import jax
 import pytest
 from jaxtyping import install_import_hook
 from typeguard import check_type
@@ -40,6 +41,43 @@ with install_import_hook("relax.ops", f"sys.modules[{__name__!r}].check_annotati
     assert "relax.ops" not in sys.modules
     for module in pkgutil.iter_modules(importlib.import_module("relax.ops").__path__):
         importlib.import_module(f"relax.ops.{module.name}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Returns a scheduler that leaves what shares fixtures to one worker.
+
+    A file's tests stay together, and all those of generation, whose fixtures are of
+    the session. Files come by name, so that the longest are not the last.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "generation" if "/generation/" in file else file
+
+    if config.option.dist != "load":  # what -n alone asks for
+        return None
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+# Their programs take longer to compile than to run. The others' run as users' do.
+_COMPILED_QUICKLY = (
+    *("generation/test_engine.py", "generation/test_session.py"),
+    *("test_generation_interrupts.py", "test_language_model.py"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler_effort(request):
+    """Most optimisations are off in the modules of _COMPILED_QUICKLY."""
+    path = request.path.relative_to(Path(__file__).parent).as_posix()
+    quickly = path.startswith(_COMPILED_QUICKLY)
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _folder(variable: str) -> Path:
@@ -111,6 +149,8 @@ _TINY = {
     "lora_rank": 0,
     "lora_alpha": 16.0,
     "lora_dropout": 0.0,
-    "lora_targets": ("q_proj", "k_proj", "v_proj", "o_proj")
-    + ("gate_proj", "up_proj", "down_proj"),
+    "lora_targets": (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ),
 }

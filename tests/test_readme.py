@@ -43,6 +43,8 @@ def monkeypatch_module():
 def workplace(tmp_path_factory, monkeypatch_module):
     """A folder with what the README's reader has: the programs and some text."""
     folder = tmp_path_factory.mktemp("readme")
+    # Each program runs for less time than it takes to compile.
+    monkeypatch_module.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     cached = Path(os.environ.get("RELAX_DATA_DIR", "")) / "tiktoken_cache"
     if "RELAX_DATA_DIR" in os.environ and cached.is_dir():
         # A copy: tiktoken deletes cached files that it finds damaged.

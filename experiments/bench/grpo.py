@@ -49,10 +49,8 @@ def main(overrides: list[str]) -> None:
         print(verdict(seconds, name, config[name]))
 
 
-def compare(
-    config: Mapping[str, Any],
-) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Returns the seconds of each side's steps, and the metrics of its last one."""
+def compare(config: Mapping[str, Any]) -> tuple[Seconds, Metrics]:
+    """Returns the seconds of each side's timed steps, and the metrics of all steps."""
     import rl_reward
     import trl_side
     from trainer_side import TrainerSteps

@@ -15,15 +15,16 @@ from relax.build import train_state_from
 from relax.optim import make_optimizer
 from relax.runtime import configure
 from relax.sharding import shard_batch
-from relax.training import TRAINERS, typed
 from relax.trainers.config import Setup
+from relax.training import TRAINERS, typed
 
 
 class TrainerSteps:
-    """Optimizer steps of a trainer from a checkpoint's weights, without a loop's logs."""
+    """Optimizer steps of a trainer from a checkpoint's weights, without a loop."""
 
     def __init__(self, overrides: Sequence[str], checkpoint: str, folder: Path):
-        """`overrides` are those of `train.py`; `folder` is a run's."""
+        """`overrides` are those of `train.py`; `folder` is a new run's."""
+        folder.mkdir()
         own = ["name=bench", f"run_folder={folder}", *overrides]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", own)

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar as without_bars
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 # TRL's defaults are for a GPU: bfloat16, and activations computed twice.
@@ -87,6 +89,7 @@ class TRLSteps(TrainerCallback):
 
     def __init__(self, make: Callable[[], Any], threads: int):
         disable_progress_bar()
+        without_bars()
         self._make, self._threads = make, threads
         self._may_go, self._is_done = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
@@ -114,6 +117,7 @@ class TRLSteps(TrainerCallback):
             torch.set_num_threads(self._threads)  # of this thread
             trainer = self._make()
             trainer.add_callback(self)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         except BaseException as error:
             self._error = error

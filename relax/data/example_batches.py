@@ -15,7 +15,17 @@ from relax.data.packing import pack
 
 Batch = dict[str, np.ndarray]
 
-SHORTEST = 16  # places of a row that is trimmed
+SHORTEST = 16  # places of a row that is cut
+
+
+def rounded(length: int) -> int:
+    """Returns the width to cut rows of up to `length` places to.
+
+    An eighth of the power of two above it, or SHORTEST, rounds it up: few widths are
+    compiled, and little of them is empty.
+    """
+    step = max(SHORTEST, (1 << max(0, length - 1).bit_length()) // 8)
+    return -(-max(length, 1) // step) * step
 
 
 class ExampleBatches:
@@ -30,8 +40,7 @@ class ExampleBatches:
     rows are the global batch. Epochs are shuffled each in its own way, and follow each
     other without a gap, so that a batch may have rows of two of them, or more.
 
-    trim: rows are cut to the power of two, from 16 on, that holds the longest of the
-    batch. Which documents share a row is planned once, for all epochs. rows_per_epoch:
+    trim: rows are cut to what `rounded` makes of the longest of the batch. Which documents share a row is planned once, for all epochs. rows_per_epoch:
     how many rows there are. padding_share: the share of their places without a token.
     dropped: records that are in no row.
 
@@ -77,8 +86,7 @@ class ExampleBatches:
         batch = self._layout.batch(rows[self._rows], len(rows[self._rows]))
         if not self._trim:
             return batch
-        longest = max(int(self._layout.row_tokens[rows].max()), SHORTEST)
-        width = 1 << (longest - 1).bit_length()
+        width = rounded(int(self._layout.row_tokens[rows].max()))
         return {name: values[:, :width] for name, values in batch.items()}
 
     def tokens_at(self, step: int) -> int:

@@ -117,22 +117,28 @@ class Llama(hk.Module):
         shared = attention_mask, self.attention, self.constrain, capture, place
         context = Context(*self._rotations(positions), *shared)
         config, table = self.config, self._embed("embed_tokens")()
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        # A lookup in a table split along its width would gather all of it late.
-        rows = self.constrain(table, ("vocab", None))
-        x = lookup(rows, tokens, config.compute_dtype)
-        if neftune_alpha and dropout_key is not None:
-            # 0 and 1 are what the split above took.
-            x = x + _noise(x, neftune_alpha, jax.random.fold_in(dropout_key, 2))
-        x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
+        x, layers_key = self._embedded(table, tokens, dropout_key, neftune_alpha)
         buffers = None if cache is None else (cache.keys, cache.values)
-        inputs = self._layer_inputs(keys[1], slots)
+        inputs = self._layer_inputs(layers_key, slots)
         (x, buffers), captured = self._layers((x, buffers), inputs, context)
         hidden = RMSNorm(config.rms_norm_eps, config.param_dtype, name="norm")(x)
         unembedding = table if config.tie_word_embeddings else self._embed("lm_head")()
         if cache is not None:
             cache = Cache(*buffers, _advanced(cache, cache_rows, tokens, lengths))
         return LlamaOutput(hidden, unembedding, cache, captured)
+
+    def _embedded(self, table, tokens, key, neftune_alpha):
+        """Returns the layers' input `[B, T, D]`, and the key that is left for them."""
+        config = self.config
+        keys = (None, None) if key is None else jax.random.split(key)
+        # A lookup in a table split along its width would gather all of it late.
+        rows = self.constrain(table, ("vocab", None))
+        x = lookup(rows, tokens, config.compute_dtype)
+        if neftune_alpha and key is not None:
+            # 0 and 1 are what the split above took.
+            x = x + _noise(x, neftune_alpha, jax.random.fold_in(key, 2))
+        x = self.constrain(dropout(x, config.dropout, keys[0]), RESIDUAL)
+        return x, keys[1]
 
     def _rotations(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
         """Returns the cosines and sines of RoPE."""

@@ -1,7 +1,15 @@
 """Rewards: what a completion is worth, and how many of them are scored at once."""
 
-from relax.rewards.registry import REWARDS, find_reward
+from relax.rewards.registry import NEEDS_ANSWER, REWARDS, find_reward
 from relax.rewards.samples import Reward, Sample
 from relax.rewards.scorer import RewardScorer, Scores
 
-__all__ = ["REWARDS", "Reward", "RewardScorer", "Sample", "Scores", "find_reward"]
+__all__ = [
+    "NEEDS_ANSWER",
+    "REWARDS",
+    "Reward",
+    "RewardScorer",
+    "Sample",
+    "Scores",
+    "find_reward",
+]

@@ -19,6 +19,8 @@ REWARDS: dict[str, Reward] = {
     "overlong": shaping.overlong,
 }
 
+NEEDS_ANSWER = ("exact_match", "numeric_answer", "last_number")  # in the record
+
 
 def find_reward(name: str) -> Reward:
     """Returns one of REWARDS, or the function that `module:function` names.

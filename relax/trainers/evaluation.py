@@ -49,8 +49,9 @@ def make_completion_evaluation(
     """Returns params -> how the prompts are completed, `trainer.eval_samples` times.
 
     Metrics: `val_ended`, the share that ended by itself, `val_mean_length` in tokens,
-    and with a reward `val_pass@1` and `val_pass@k` for k samples; a completion is right
-    where the reward is at least 1. The same keys are drawn with at each evaluation.
+    and `val_pass@1` and `val_pass@k` for k samples of the prompts that the reward can
+    judge, if it can judge any; a completion is right where the reward is at least 1.
+    The same keys are drawn with at each evaluation.
     """
     trainer = setup.trainer
     count = trainer.eval_samples
@@ -79,9 +80,10 @@ def make_completion_evaluation(
                 _solves(reward, as_sample(prompt, completion, sampling.max_new_tokens))
                 for prompt, completion in zip(rows, completions, strict=True)
             ]
-            groups = np.reshape(solved, (len(prompts), count)).sum(axis=1)
-            for k in sorted({1, count}):
-                metrics[f"val_pass@{k}"] = pass_at_k(groups, count, k)
+            groups = np.reshape(np.array(solved, float), (len(prompts), count))
+            judged = groups[~np.isnan(groups).any(axis=1)].sum(axis=1).astype(int)
+            for k in sorted({1, count}) if len(judged) else ():
+                metrics[f"val_pass@{k}"] = pass_at_k(judged, count, k)
         return Evaluation(metrics, shown)
 
     return evaluate
@@ -100,13 +102,16 @@ def as_sample(prompt: Prompt, completion: Completion, max_new_tokens: int) -> Sa
     )
 
 
-def _solves(reward: Reward, sample: Sample) -> bool:
-    """Returns whether a completion is right; one that can't be judged isn't."""
+def _solves(reward: Reward, sample: Sample) -> bool | None:
+    """Returns whether a completion is right, None where there is nothing to judge by.
+
+    One on which the reward fails isn't right.
+    """
     try:
         value = reward(sample)
-    except Exception:  # a function of the user's, which never ends a run
+        return None if value is None else bool(value >= 1.0)
+    except (Exception, SystemExit):  # of the user's function, which never ends a run
         return False
-    return value is not None and value >= 1.0
 
 
 def _mean(values) -> float:

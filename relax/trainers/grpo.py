@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from relax.data.example_batches import rounded
 from relax.data.records import Record
 from relax.data.sources import load_records
 from relax.model.llama import make_llama
 from relax.model.lora import base_of
 from relax.optim import make_optimizer, make_schedule
 from relax.policy_losses import row_weights
-from relax.rewards import RewardScorer, find_reward
+from relax.rewards import NEEDS_ANSWER, RewardScorer, find_reward
 from relax.sharding import make_constrain, shard_batch
 from relax.steps import (
     MISMATCH,
@@ -51,8 +52,6 @@ from relax.trainers.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 16  # rows are cut to a power of two from here on: few shapes are compiled
-
 
 # Prompts that are looked at before anything starts; others are when they are taken.
 CHECKED = 20_000
@@ -71,7 +70,7 @@ def make_task(setup: Setup) -> Task:
     trainer = setup.trainer
     records = load_records(setup.data)
     for index in range(min(len(records.train), CHECKED)):
-        _prompt_of(records.train, index, setup)
+        _check_answer(_prompt_of(records.train, index, setup), index, trainer.rewards)
     sampler = Sampler(setup)
     sampler.check(setup.sampling)
     if sampler.extra_bytes:
@@ -104,7 +103,7 @@ def make_task(setup: Setup) -> Task:
         batch_at=policy.batch_at,
         tokens_at=policy.tokens_at,
         evaluate=evaluate,
-        rank=lambda metrics: 1.0 - metrics["val_pass@1"] if metrics else None,
+        rank=lambda m: 1.0 - m["val_pass@1"] if "val_pass@1" in m else None,
         schedule=make_schedule(setup.optimizer, trainer.num_steps),
         cost=cost_per_token(setup),
         prepare=policy.prepare,
@@ -355,6 +354,16 @@ def _prompt_of(records: Sequence[Record], index: int, setup: Setup) -> Prompt:
     return prompt
 
 
+def _check_answer(prompt: Prompt, index: int, rewards: Sequence[str]) -> None:
+    needing = [name for name in rewards if name in NEEDS_ANSWER]
+    if needing and prompt.answer is None:
+        raise ValueError(
+            f"trainer.rewards has {needing[0]}, which compares with an answer, and "
+            f"record {index} of the data has none, but {', '.join(prompt.record)}; "
+            "give each an answer, or choose other rewards"
+        )
+
+
 @jax.jit
 def _mix(policy, reference, mixup):
     """Returns mixup·policy + (1 - mixup)·reference, as TRL's `SyncRefModelCallback`."""
@@ -370,18 +379,14 @@ def _truncates(setup: Setup) -> bool:
 
 
 def _cut(batch: Arrays) -> Arrays:
-    """Returns a batch without the columns that none of its rows uses.
-
-    Lengths are powers of two from SHORTEST on, so that few shapes are compiled.
-    """
+    """Returns a batch without the columns that none of its rows uses."""
     completions = batch["completion_mask"].sum(axis=1)
-    whole = int((batch["prompt_lengths"] + completions).max())
-    longest = int(completions.max())
+    whole = rounded(int((batch["prompt_lengths"] + completions).max()))
+    longest = rounded(int(completions.max()))
 
     def cut(name: str, array: np.ndarray) -> np.ndarray:
         if array.ndim == 1:
             return array
-        used = max(whole if name == "tokens" else longest, SHORTEST)
-        return array[:, : 1 << (used - 1).bit_length()]
+        return array[:, : whole if name == "tokens" else longest]
 
     return {name: cut(name, array) for name, array in batch.items()}

@@ -63,8 +63,9 @@ class Task:
     evaluate: params -> Evaluation, or None where there is nothing to evaluate on. rank:
     its metrics -> what the best checkpoint has least of, or None. prepare: `(state,
     step) -> Prepared`, before the step. conclude: `(step, metrics) -> more metrics`; it
-    raises where these say that the run must not go on. extra: params -> what the train state is to keep besides.
-    progress, restore: what a checkpoint keeps as JSON, and its way back.
+    raises where these say that the run must not go on. extra: params -> what the train
+    state is to keep besides. progress, restore: what a checkpoint keeps as JSON, and
+    its way back. close: ends what the task has opened.
     """
 
     train_step: Callable

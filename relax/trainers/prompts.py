@@ -23,7 +23,7 @@ def make_prompt(record: Record, index: int, setup: Setup) -> Prompt:
     message where `data.template` is given. Raises ValueError naming the record.
     """
     asked = _asked(record, index)
-    answer = record.get("answer", record.get("completion"))
+    answer = record.get("answer", _text(record.get("completion")))
     chat = asked
     if isinstance(asked, str):
         if setup.data.template is None:
@@ -63,6 +63,11 @@ def _asked(record: Record, index: int) -> str | list:
     if not end:
         raise ValueError(f"record {index} of the data begins with the assistant")
     return list(messages[:end])
+
+
+def _text(content: Any) -> Any:
+    """Returns a text as it is, and of messages what the last one says."""
+    return content[-1]["content"] if isinstance(content, list) else content
 
 
 def _require_template(template: ChatTemplate | None) -> ChatTemplate:

@@ -149,7 +149,7 @@ def test_completions_are_one_record_a_line_each(lines):
     assert header == "step 2  completions (the first 4 of 7)"
     assert rows[0] == "    2+3= → 5  exact 1.000  count 2  advantage –"
     assert rows[1].startswith(r"    2+3= → 7[b]\x1b[31m\nagain again")
-    assert "again…again" in rows[1].replace(" ", "")
+    assert "again ag…gain again" in rows[1]
     assert rows[1].endswith("  exact –  count –  advantage –")
     assert rows[2:] == ["    4+5= → 9  exact 0.500  count –  advantage -0.250"] * 2
 
@@ -167,12 +167,9 @@ def test_completions_are_a_table_in_a_terminal(screen):
     assert max(map(len, plain(screen).splitlines())) <= 90
 
 
-@pytest.mark.parametrize(
-    ("limit", "short"),
-    [(10, "0123456789"), (9, "012345…89"), (4, "012…"), (5, "012…9")],
-)
-def test_a_long_text_lacks_its_middle(limit, short):
-    assert shorten("0123456789", limit) == short
+def test_a_long_text_lacks_its_middle():
+    short = [shorten("0123456789", limit) for limit in (10, 9, 4, 3)]
+    assert short == ["0123456789", "012345…89", "01…9", "01…"]
 
 
 def test_quiet_shows_nothing(lines, screen):

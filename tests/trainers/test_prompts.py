@@ -1,0 +1,97 @@
+"""Prompts of records: where they end, how they are written, and which are refused."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from relax.text.chat import named_template
+from relax.text.tokenizers import TokenizerConfig, make_tokenizer
+from relax.trainers.prompts import check_length, make_prompt
+
+BYTES = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Ho"}
+
+
+def setup_of(template=None, context=13, longest=5):
+    """Returns what a prompt reads of a setup."""
+    named = template and named_template(template, BYTES, "data.template")
+    return SimpleNamespace(
+        data=SimpleNamespace(template=template),
+        template=named,
+        tokenizer=BYTES,
+        trainer=SimpleNamespace(context=context),
+        sampling=SimpleNamespace(max_new_tokens=longest),
+    )
+
+
+def text_of(prompt) -> str:
+    return BYTES.decode(prompt.ids)
+
+
+def test_a_text_stays_one():
+    record = {"prompt": "1+2=", "answer": "3", "completion": "three"}
+    prompt = make_prompt(record, 0, setup_of())
+    first = [] if BYTES.bos_id is None else [BYTES.bos_id]
+    assert prompt.ids == (*first, *b"1+2=")
+    assert prompt[1:] == ("1+2=", "3", record)
+
+
+def test_the_completion_is_the_answer_where_there_is_no_other():
+    assert make_prompt({"prompt": "1", "completion": "2"}, 0, setup_of()).answer == "2"
+    assert make_prompt({"prompt": "1"}, 0, setup_of()).answer is None
+
+
+def test_a_text_becomes_a_message_under_a_template():
+    setup = setup_of("plain")
+    prompt = make_prompt({"prompt": "Hi"}, 0, setup)
+    same = make_prompt({"prompt": [USER]}, 0, setup)
+    assert prompt.ids == same.ids
+    expected = setup.template.encode(BYTES, [USER], add_generation_prompt=True)
+    assert prompt.ids == tuple(expected)
+    assert prompt.text == "Hi"
+
+
+def test_messages_end_where_the_assistant_first_answers():
+    setup = setup_of("plain")
+    last = {"role": "user", "content": "Hm"}
+    prompt = make_prompt({"messages": [USER, ASSISTANT, last, ASSISTANT]}, 0, setup)
+    assert prompt.ids == make_prompt({"messages": [USER]}, 0, setup).ids
+    assert "Ho" not in text_of(prompt)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a"}, "record 7 of the data holds no prompt, but text; give prompt"),
+        ({}, "record 7 of the data holds no prompt, but nothing; give prompt or"),
+        ({"messages": []}, "record 7 of the data holds no prompt, but messages;"),
+        ({"messages": [ASSISTANT]}, "record 7 of the data begins with the assistant"),
+    ],
+)
+def test_a_record_without_a_prompt_is_named(record, message):
+    with pytest.raises(ValueError, match=message):
+        make_prompt(record, 7, setup_of("plain"))
+
+
+def test_messages_need_a_template():
+    with pytest.raises(ValueError, match=r"data\.template=null, and the model has no "):
+        make_prompt({"messages": [USER]}, 0, setup_of())
+
+
+@pytest.mark.parametrize("length", [1, 8])
+def test_a_prompt_may_fill_what_the_completion_leaves(length):
+    prompt = make_prompt({"prompt": "a" * length}, 0, setup_of())
+    check_length(prompt, 0, setup_of())
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_a_prompt_that_is_empty_or_too_long_is_named(length):
+    prompt = make_prompt({"prompt": "a" * length}, 7, setup_of())
+    with pytest.raises(ValueError) as raised:
+        check_length(prompt, 7, setup_of())
+    assert str(raised.value) == (
+        f"prompt 7 of the data has {length} tokens, and with sampling.max_new_tokens=5 "
+        "trainer.context=13 has room for 1 to 8; raise trainer.context, lower "
+        "sampling.max_new_tokens, or leave the prompt out"
+    )
