@@ -126,6 +126,7 @@ def load(
     dtype: str | None = None,
     scan_layers: bool = False,
     adapter: str | Path | None = None,
+    option: str = "checkpoint",
 ) -> LanguageModel:
     """Returns the model of a checkpoint, with its tokenizer and its chat template.
 
@@ -135,8 +136,9 @@ def load(
     run, and for released checkpoints float32 on CPU and the file's elsewhere; "auto"
     keeps the file's. scan_layers: True compiles many layers faster, False decodes
     faster; whichever they were saved in, they are converted here. adapter: a folder
-    with a LoRA adapter in PEFT's form, for this model. Raises FileNotFoundError where
-    there is no checkpoint, ValueError where it is damaged or of an unknown kind.
+    with a LoRA adapter in PEFT's form, for this model. option: what errors call `path`.
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it is
+    damaged or of an unknown kind.
     """
     if adapter is not None:
         open_adapter(Path(adapter))  # its errors come before the weights are read
@@ -144,7 +146,7 @@ def load(
     if (folder := find_pretrained(str(path))) is not None:
         model = _load_pretrained(str(path), folder, devices, dtype, scan_layers)
     else:
-        model = _load_run(str(path), devices, dtype, scan_layers)
+        model = _load_run(str(path), devices, dtype, scan_layers, option)
     if adapter is not None:
         model.load_adapter(adapter)
     return model
@@ -179,11 +181,11 @@ def _load_pretrained(
 
 
 def _load_run(
-    reference: str, mesh: Mesh, dtype: str | None, scan_layers: bool
+    reference: str, mesh: Mesh, dtype: str | None, scan_layers: bool, option: str
 ) -> LanguageModel:
     check_dtype(dtype)
     try:
-        folder, name = resolve_run(reference)
+        folder, name = resolve_run(reference, option=option)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error} (a released model's folder holds config.json or params.json, and "

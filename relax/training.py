@@ -256,6 +256,7 @@ def _load_base(configs: TrainingConfigs) -> LanguageModel | None:
         configs.mesh,
         dtype=configs.model.param_dtype,
         scan_layers=configs.model.scan_layers,
+        option="init",
     )
     model.merge_lora()
     if model.tokenizer is None:

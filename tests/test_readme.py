@@ -19,7 +19,8 @@ COMMANDS = [
     if line.startswith("    python ")
 ]
 # So that each takes seconds; sizes and lengths are not what is shown here.
-SMALL = ["debug=smoke", "trainer.sample_tokens=0"]
+SMALL = ["debug=smoke"]
+UNSHOWN = "trainer.sample_tokens=0"
 
 
 def programs(name: str) -> list[str]:
@@ -56,6 +57,12 @@ def workplace(tmp_path_factory, monkeypatch_module):
     records = [{"id": n, "prompt": f"{name}:"} for n, name in enumerate("ABCDE")]
     lines = "".join(f"{json.dumps(record)}\n" for record in records)
     (folder / "prompts.jsonl").write_text(lines)
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    chats = f"{json.dumps({'messages': turns})}\n" * 40
+    (folder / "chats.jsonl").write_text(chats)
+    question = {"prompt": "1+1=", "answer": "2"}
+    (folder / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 40)
+    (folder / "my_rewards.py").write_text("def polite(sample):\n    return 1.0\n")
     pair = {"input": [[1, 0], [0, 2]], "output": [[2, 0], [0, 1]]}
     (folder / "arc_tasks").mkdir()
     (folder / "arc_tasks" / "0a1b2c3d.json").write_text(
@@ -63,7 +70,7 @@ def workplace(tmp_path_factory, monkeypatch_module):
     )
     (folder / "notes").mkdir()
     (folder / "notes" / "one.txt").write_text("What is written, is written.\n" * 99)
-    run("python train.py model=tiny data=shakespeare", folder, SMALL)
+    run("python train.py model=tiny data=shakespeare", folder, [*SMALL, UNSHOWN])
     return folder
 
 
@@ -91,7 +98,12 @@ def test_the_readme_shows_its_commands():
 def test_a_training_command(workplace, command):
     if "tiktoken" in command and "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("neither RELAX_DATA_DIR nor TIKTOKEN_CACHE_DIR is set")
-    extra = SMALL[1:] if "debug=smoke" in command else SMALL
+    extra = [] if "debug=smoke" in command else [*SMALL]
+    if "trainer=" not in command and "experiment=" not in command:
+        extra.append(UNSHOWN)
+    if "data.inspect=true" in command:
+        assert "40 records" in run(command, workplace, extra)
+        return
     run(command, workplace, extra)
     runs = list((workplace / "runs").glob("*/*/metrics.jsonl"))
     assert runs
@@ -101,7 +113,8 @@ def test_a_training_command(workplace, command):
 
 @pytest.mark.slow
 def test_the_resume_commands(workplace):
-    run("python train.py model=tiny data=shakespeare", workplace, SMALL)
+    small = [*SMALL, UNSHOWN]
+    run("python train.py model=tiny data=shakespeare", workplace, small)
     for steps, command in enumerate(c for c in programs("train.py") if "resume" in c):
         extra = [f"trainer.num_steps={3 + steps}", "trainer.eval_every=0"]
         run(re.sub(r"trainer.num_steps=\d+", "", command), workplace, extra)

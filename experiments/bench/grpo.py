@@ -68,6 +68,7 @@ def compare(config: Mapping[str, Any]) -> tuple[Seconds, Metrics]:
                 f"trainer.rewards=[{rl_reward.__name__}:relax]",
                 f"trainer.num_generations={config['generations']}",
                 f"trainer.batch_size={config['prompts'] * config['generations']}",
+                f"trainer.accumulation={config['accumulation']}",
                 f"trainer.context={config['longest_prompt'] + config['new_tokens']}",
                 f"sampling.max_new_tokens={config['new_tokens']}",
                 f"optimizer.learning_rate={config['learning_rate']}",

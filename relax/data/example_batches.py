@@ -40,9 +40,10 @@ class ExampleBatches:
     rows are the global batch. Epochs are shuffled each in its own way, and follow each
     other without a gap, so that a batch may have rows of two of them, or more.
 
-    trim: rows are cut to what `rounded` makes of the longest of the batch. Which documents share a row is planned once, for all epochs. rows_per_epoch:
-    how many rows there are. padding_share: the share of their places without a token.
-    dropped: records that are in no row.
+    trim: rows are cut to what `rounded` makes of the longest of the batch. Which
+    documents share a row is planned once, for all epochs. rows_per_epoch: how many rows
+    there are. padding_share: the share of their places without a token. dropped:
+    records that are in no row.
 
     Raises:
       ValueError: there are no examples, or the rows cannot be dealt evenly to the

@@ -39,7 +39,7 @@ def held_out_prompts(setup: Setup, records: Sequence, count: int) -> list[Prompt
     count = min(count, len(records))
     prompts = [make_prompt(records[index], index, setup) for index in range(count)]
     for index, prompt in enumerate(prompts):
-        check_length(prompt, index, setup)
+        check_length(prompt, index, setup, "model.max_position_embeddings")
     return prompts
 
 

@@ -37,15 +37,22 @@ def make_prompt(record: Record, index: int, setup: Setup) -> Prompt:
     return Prompt(tuple(ids), str(chat[-1]["content"]), answer, record)
 
 
-def check_length(prompt: Prompt, index: int, setup: Setup) -> None:
-    """Raises ValueError for a prompt that is empty or leaves a completion no room."""
-    context, longest = setup.trainer.context, setup.sampling.max_new_tokens
-    if not 1 <= len(prompt.ids) <= context - longest:
+def check_length(
+    prompt: Prompt, index: int, setup: Setup, option: str = "trainer.context"
+) -> None:
+    """Raises ValueError for a prompt that is empty or leaves a completion no room.
+
+    option: what it and its completion must fit in, `trainer.context` where they are
+    trained on, else `model.max_position_embeddings`.
+    """
+    group, name = option.split(".")
+    limit, longest = getattr(getattr(setup, group), name), setup.sampling.max_new_tokens
+    if not 1 <= len(prompt.ids) <= limit - longest:
         raise ValueError(
             f"prompt {index} of the data has {len(prompt.ids)} tokens, and with "
-            f"sampling.max_new_tokens={longest} trainer.context={context} has room for "
-            f"1 to {context - longest}; raise trainer.context, lower "
-            "sampling.max_new_tokens, or leave the prompt out"
+            f"sampling.max_new_tokens={longest} {option}={limit} has room for 1 to "
+            f"{limit - longest}; raise {option}, lower sampling.max_new_tokens, or "
+            "leave the prompt out"
         )
 
 

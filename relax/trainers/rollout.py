@@ -116,7 +116,8 @@ class RolloutMaker:
             requests,
             self._sampling,
             self._trainer.rows_per_rollout,
-            self._keep_support,
+            capacity=self._trainer.context,
+            keep_support=self._keep_support,
         )
         sampled = time.perf_counter()
         rows = [prompt for prompt in prompts for _ in range(G)]

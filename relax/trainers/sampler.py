@@ -36,7 +36,6 @@ class Sampler:
             batch_multiple(setup.mesh),
             constrain,
         )
-        self._capacity = setup.trainer.context
 
     @property
     def stats(self) -> GenerationStats:
@@ -57,11 +56,13 @@ class Sampler:
         requests: Sequence[Request],
         sampling: SamplingConfig,
         rows: int,
+        capacity: int | None = None,
         keep_support: bool = False,
     ) -> list[Completion]:
         """Returns a completion per request, `rows` of them run at a time.
 
-        params: of `decoding_params`. keep_support: see `Completion.support`.
+        params: of `decoding_params`. capacity: tokens of a row, None: as many as the
+        longest needs. keep_support: see `Completion.support`.
         """
         completions = [Completion() for _ in requests]
         for _ in self._generator.run_in_chunks(
@@ -70,7 +71,7 @@ class Sampler:
             sampling,
             completions,
             batch_size=rows,
-            capacity=self._capacity,
+            capacity=capacity,
             keep_support=keep_support,
         ):
             pass

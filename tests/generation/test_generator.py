@@ -11,7 +11,7 @@ import sentencepiece
 from relax.generation import generator as generator_module
 from relax.generation.decode import choose_tokens
 from relax.generation.generator import Generator
-from relax.generation.requests import CompletionText, Request
+from relax.generation.requests import Completion, CompletionText, Request
 from relax.generation.run import Run
 from relax.sampling import SamplingConfig
 from relax.text.tokenizers import SentencePieceTokenizer
@@ -143,6 +143,50 @@ def test_every_filter_counts_in_the_sampled_logprobs(
         assert_drawn_from_the_filtered(full_forward, requests, completions, others)
 
 
+def support_of(completion, config):
+    """Returns which ids each token was drawn from `[tokens, V]`."""
+    marks = np.unpackbits(np.stack(completion.support), axis=1)
+    assert marks.shape[1] == config.padded_vocab_size
+    assert not marks[:, config.vocab_size :].any()
+    return marks[:, : config.vocab_size].astype(bool)
+
+
+def test_sampled_logprobs_are_renormalised_over_the_support(
+    full_forward, generator, model, requests
+):
+    """Top-p leaves another number of ids at each place, top-k three."""
+    for change, count in (({"top_k": 3}, 3), ({"top_p": 0.7}, None)):
+        sampling = replace(UNFILTERED, **change)
+        some = requests[2:4]
+        made = generator.run(model.params, some, sampling, keep_support=True)
+        for request, completion in zip(some, made, strict=True):
+            ids = [*request.prompt, *completion.token_ids]
+            support = support_of(completion, model.config)
+            start = len(request.prompt)
+            logits = full_forward.logits(ids)[start - 1 : -1].astype(np.float64)
+            kept = np.where(support, logits / sampling.temperature, -np.inf)
+            chosen = kept[np.arange(len(kept)), completion.token_ids]
+            expected = chosen - np.logaddexp.reduce(kept, axis=1)
+            np.testing.assert_allclose(
+                completion.sampled_logprobs, expected, rtol=0, atol=5e-5
+            )
+            sizes = support.sum(axis=1)
+            assert set(sizes) == {count} if count else len(set(sizes)) > 3
+        assert "support" not in made[0].row()
+
+
+def test_a_support_is_kept_where_it_is_asked_for(generator, model, requests, greedy):
+    """What a greedy token was drawn from is that token; others keep nothing."""
+    few = replace(greedy, max_new_tokens=2)
+    (kept,) = generator.run(model.params, requests[:1], few, keep_support=True)
+    marks = support_of(kept, model.config)
+    assert [np.flatnonzero(row).tolist() for row in marks] == [
+        [token] for token in kept.token_ids
+    ]
+    (plain,) = generator.run(model.params, requests[:1], few)
+    assert plain.support == [] and plain == kept
+
+
 def assert_no_pair_repeats(requests, completions):
     """Checks the pairs that end in a new token, where more often one came before."""
     for request, completion in zip(requests, completions, strict=True):
@@ -157,6 +201,29 @@ def test_no_pair_of_tokens_comes_twice(generator, model, requests, completions, 
     assert_no_pair_repeats(requests, generator.run(model.params, requests, apart))
     with pytest.raises(AssertionError):
         assert_no_pair_repeats(requests, generator.run(model.params, requests, greedy))
+
+
+def test_slots_outlive_a_call_and_forget_other_parameters(
+    generator, model, requests, completions, sampled
+):
+    slots = generator.new_slots(len(requests), 101)
+    wanted = sum(len(request.prompt) - 1 for request in requests)
+
+    def shared_and_made(params):
+        before, made = generator.stats.shared_tokens, [Completion() for _ in requests]
+        for _ in generator.run_in_chunks(params, requests, sampled, made, slots=slots):
+            pass
+        return generator.stats.shared_tokens - before, made
+
+    first, made = shared_and_made(model.params)
+    again, others = shared_and_made(model.params)
+    assert [c.token_ids for c in made] == [c.token_ids for c in completions]
+    assert [c.token_ids for c in others] == [c.token_ids for c in completions]
+    assert (first, again) == (wanted // SAMPLES, wanted)
+    fresh = {name: dict(leaves) for name, leaves in model.params.items()}
+    table = fresh["llama/embed_tokens"]
+    fresh["llama/embed_tokens"] = {"weight": table["weight"] + 0.5}
+    assert shared_and_made(fresh)[0] == first
 
 
 # Batch invariance: what else is in the batch changes no token.

@@ -423,7 +423,9 @@ def step(configs, monkeypatch, make_config, tmp_path):
         params = bigram_params()
         prepared = task.prepare(init_state(params, SGD, task.extra(params)), 0)
         batch = jax.tree.map(lambda x: x[None], task.batch_at(0))
-        state, metrics = task.train_step(prepared.state, batch)
+        # Op by op: what is compiled for one loss serves all others.
+        with jax.disable_jit():
+            state, metrics = task.train_step(prepared.state, batch)
         task.close()
         return state, {name: float(value[0]) for name, value in metrics.items()}
 
@@ -462,7 +464,6 @@ def assert_same(one, other):
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_step_is_the_same_in_parts(step, name):
     fields = {"loss_type": name, **LOSSES[name]}
-    fields |= {"beta": 0.1, "reference": "frozen"}
     whole = step(**fields)
     assert whole[1]["grad_norm"] > 1e-2
     for accumulation in (2, 4):
