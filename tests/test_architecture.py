@@ -32,8 +32,7 @@ ROOMS = {
     "trainers": PARTS,
     "tasks": PARTS | {"language_model"},
     "build": PARTS | {"language_model", "config"},
-    "training": PARTS
-    | {"build", "config", "runtime", "language_model", "trainers"},
+    "training": PARTS | {"build", "config", "runtime", "language_model", "trainers"},
     "inference": PARTS | {"build", "config", "runtime", "language_model", "tasks"},
     "cli": {"trainers"},
     "relax": {"build", "language_model", "sampling"},

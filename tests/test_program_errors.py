@@ -386,6 +386,185 @@ def test_mistakes_leave_no_file(mistakes, places):
     ]
 
 
+# Mistakes of trainer=grpo, in one process too.
+TRAIN_ALL = """
+import contextlib, io, json, runpy, sys
+out, stdout = io.StringIO(), sys.stdout
+sys.stdout = out
+from relax import training
+from relax.generation.run import Run
+
+def never(*arguments):
+    raise AssertionError("too late for an error: parameters are made, or completions")
+
+training.init_train_state = Run.dispatches = never
+shown = []
+for arguments in json.load(sys.stdin):
+    sys.argv = ["train.py", *arguments]
+    code = None
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code
+    shown.append((code, err.getvalue()))
+stdout.write(json.dumps([shown, out.getvalue()]))
+"""
+# Name: the arguments, and the line. "{}" is a folder with files.
+GRPO_MISTAKES = {
+    "groups of one": (
+        ["trainer.num_generations=1"],
+        r"trainer\.num_generations=1 must be at least 2 with trainer\.scale_rewards="
+        r"group: a group of one has no spread",
+    ),
+    "rows that are no whole groups": (
+        ["trainer.num_generations=7"],
+        r"trainer\.batch_size x trainer\.steps_per_generation = 64 must be a multiple "
+        r"of trainer\.num_generations=7",
+    ),
+    "rows that are no whole parts": (
+        ["trainer.accumulation=3"],
+        r"trainer\.batch_size=64 must be a multiple of trainer\.accumulation=3",
+    ),
+    "beta without a reference": (
+        ["trainer.beta=0.1"],
+        r"trainer\.beta=0\.1 and trainer\.reference=none: a KL penalty needs a .*",
+    ),
+    "a reference without beta": (
+        ["trainer.reference=frozen"],
+        r"trainer\.beta=0\.0 and trainer\.reference=frozen: a KL penalty needs a .*",
+    ),
+    "the base of a model without adapters": (
+        ["trainer.reference=base", "trainer.beta=0.1"],
+        r"trainer\.reference=base is the model without its adapters, and "
+        r"model\.lora_rank=0 has none; set trainer\.reference=frozen",
+    ),
+    "an unknown loss": (
+        ["trainer.loss_type=ppo"],
+        r"trainer\.loss_type='ppo' is unknown; choose one of grpo, bnpo, .*",
+    ),
+    "an unknown reward": (
+        ["trainer.rewards=[exact]"],
+        r"trainer\.rewards=exact is unknown; choose among exact_match, .*, or name a "
+        r"function of yours as module:function",
+    ),
+    "a reward's module that is not there": (
+        ["trainer.rewards=['nowhere:reward']"],
+        r"trainer\.rewards=nowhere:reward: 'nowhere' can't be imported: "
+        r"ModuleNotFoundError: .*",
+    ),
+    "a reward's function that is not there": (
+        ["trainer.rewards=['json:reward']"],
+        r"trainer\.rewards=json:reward: json has no function 'reward'",
+    ),
+    "weights for other rewards": (
+        ["trainer.reward_weights=[1.0,2.0]"],
+        r"trainer\.reward_weights=\[1\.0, 2\.0\] must have one number for each of .*",
+    ),
+    "an outcome that is no reward": (
+        ["trainer.outcome_reward=ends"],
+        r"trainer\.outcome_reward='ends' is none of trainer\.rewards=.*",
+    ),
+    "a time limit without processes": (
+        ["trainer.reward_seconds=2.0"],
+        r"trainer\.reward_seconds=2\.0 needs trainer\.reward_processes>=1 \(now 0\).*",
+    ),
+    "prompts longer than the context": (
+        ["trainer.context=20"],
+        r"prompt \d+ of the data has \d+ tokens, and with sampling\.max_new_tokens=16 "
+        r"trainer\.context=20 has room for 1 to 4; raise trainer\.context, .*",
+    ),
+    "a context longer than the model's": (
+        ["trainer.context=2048"],
+        r"trainer\.context=2048 is longer than model\.max_position_embeddings=1024; .*",
+    ),
+    "messages without a template": (
+        ["data=prompts", "data.path={}/messages.jsonl"],
+        r"data\.template=null, and the model has no chat template of its own: .*",
+    ),
+    "prompts without answers": (
+        ["data=prompts", "data.path={}/texts.jsonl", "data.answer_field=null"],
+        r"trainer\.rewards has exact_match, which compares with an answer, and record "
+        r"0 of the data has none, but prompt; give each an answer, or choose .*",
+    ),
+    "a text": (
+        ["data=shakespeare"],
+        r"data\.kind='shakespeare' is nothing that trainer=grpo takes; choose .*",
+    ),
+    "rows to look at": (
+        ["data.inspect=true"],
+        r"data\.inspect=true shows the rows of trainer=sft; grpo has none: .*",
+    ),
+    "no held-out prompts": (
+        ["data.validation_size=0"],
+        r"trainer\.eval_prompts=64, and the data holds no validation records; .*",
+    ),
+    "the likeliest tokens": (
+        ["sampling=greedy"],
+        r"sampling\.temperature=0 makes all completions of a prompt alike; set .*",
+    ),
+    "beams": (["sampling=beam"], r"sampling\.temperature=0 makes all completions .*"),
+    "a penalty": (
+        ["sampling.repetition_penalty=1.1"],
+        r"sampling\.repetition_penalty=1\.1 would bias the ratio of grpo, whose .*",
+    ),
+    "a constraint": (
+        ["sampling.constraint=digits"],
+        r"sampling\.constraint=digits would bias the ratio of grpo, whose loss .*",
+    ),
+    "dropout": (
+        ["model.dropout=0.1"],
+        r"model\.dropout=0\.1 would train another policy than the one that samples; .*",
+    ),
+    "dropout of adapters": (
+        ["model.lora_rank=2", "model.lora_dropout=0.1"],
+        r"model\.lora_dropout=0\.1 would train another policy than the one that .*",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def grpo_mistakes(tmp_path_factory) -> dict[str, tuple[int | None, str]]:
+    """By name of a mistake: the exit code, and what was on stderr."""
+    folder = tmp_path_factory.mktemp("grpo")
+    messages = [{"role": "user", "content": "a"}]
+    for name, prompt in {"messages": messages, "texts": "a"}.items():
+        row = {"prompt": prompt, "answer": "b"} if name == "messages" else {}
+        lines = [json.dumps({"prompt": prompt, **row})] * 40
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    fixed = (f"run_folder={folder}/run", "runtime.cache_dir=''", "trainer.num_steps=60")
+    cases = [
+        ["trainer=grpo", *fixed, *(each.replace("{}", str(folder)) for each in given)]
+        for given, _ in GRPO_MISTAKES.values()
+    ]
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", TRAIN_ALL],
+        cwd=REPOSITORY,
+        env={**bare, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    # Of none of them a run is left.
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("messages.jsonl", "texts.jsonl"),
+    ]
+    shown, out = json.loads(ran.stdout)
+    assert out == ""
+    return dict(zip(GRPO_MISTAKES, shown, strict=True))
+
+
+@pytest.mark.parametrize("name", GRPO_MISTAKES)
+def test_a_mistake_of_grpo_is_told_before_anything_compiles(name, grpo_mistakes):
+    code, err = grpo_mistakes[name]
+    lines = [line for line in err.splitlines() if line]
+    lines = [line for line in lines if not line.startswith((*PROGRESS, "rollouts: "))]
+    assert (code, len(lines)) == (1, 1), err
+    assert re.fullmatch(GRPO_MISTAKES[name][1], lines[0]), lines[0]
+
+
 # By field: values just out of its range, or of no meaning.
 INF, NAN = float("inf"), float("nan")
 OUT_OF_RANGE = {

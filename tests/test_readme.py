@@ -57,7 +57,10 @@ def workplace(tmp_path_factory, monkeypatch_module):
     records = [{"id": n, "prompt": f"{name}:"} for n, name in enumerate("ABCDE")]
     lines = "".join(f"{json.dumps(record)}\n" for record in records)
     (folder / "prompts.jsonl").write_text(lines)
-    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]
+    turns = [
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "I."},
+    ]
     chats = f"{json.dumps({'messages': turns})}\n" * 40
     (folder / "chats.jsonl").write_text(chats)
     question = {"prompt": "1+1=", "answer": "2"}

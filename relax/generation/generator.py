@@ -27,6 +27,7 @@ from relax.model.parameters import Params
 from relax.sampling import SamplingConfig, sampling_params
 from relax.text.tokenizers import Tokenizer
 
+CAPACITY_STEP = 32
 # A stop string is seen when the host looks: what is made after it was made for nothing.
 DISPATCH_WITH_STOP_STRINGS = 16
 
@@ -119,10 +120,10 @@ class Generator:
             yield from self._search(params, requests, sampling, completions, rows)
             return
         longest = self.longest(requests, sampling)
-        longest = max(longest, capacity or 0)
         if slots is None:
-            slots = self.new_slots(rows, longest)
-        slots.grow(self.rounded(longest))
+            slots = self.new_slots(rows, longest, capacity)
+        elif longest > slots.capacity:
+            slots.grow(self.rounded(longest))
         plan = self.plan(
             slots.rows,
             sampling,
@@ -190,16 +191,21 @@ class Generator:
             for request in requests
         )
 
-    def new_slots(self, rows: int, capacity: int) -> Slots:
+    def new_slots(self, rows: int, longest: int, capacity: int | None = None) -> Slots:
         """Returns room for so many rows of so many tokens, both rounded up.
 
-        To powers of two, so that few shapes are compiled, and to what a mesh needs.
+        To powers of two, so that few shapes are compiled, and to what a mesh needs. A
+        `capacity` that is asked for, above `longest`, is rounded to CAPACITY_STEP.
         """
         multiple = self._batch_multiple
         rows = -(-power_of_two(rows) // multiple) * multiple
         # Rows of a mesh are run all together: each is on the devices it is on.
         together = rows if multiple > 1 else 1
-        return Slots(self.steps, rows, self.rounded(capacity), together)
+        size = self.rounded(longest)
+        if capacity is not None:
+            size = -(-max(longest, capacity) // CAPACITY_STEP) * CAPACITY_STEP
+            size = min(size, self._config.max_position_embeddings)
+        return Slots(self.steps, rows, size, together)
 
     def rounded(self, capacity: int) -> int:
         """Returns the slots to allocate for a capacity."""

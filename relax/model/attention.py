@@ -3,6 +3,7 @@
 import dataclasses
 
 import haiku as hk
+import jax.numpy as jnp
 from jax import Array
 
 from relax.model.cache import read, write
@@ -82,7 +83,13 @@ class SelfAttention(hk.Module):
 
 
 def _written(buffers, index, place: CachePlace, k: Array, v: Array):
-    """Returns the buffers with new keys and values `[B, T, K, H]` in one layer."""
+    """Returns the buffers with new keys and values `[B, T, K, H]` in one layer.
+
+    What is no finite value is kept as 0: a slot outlives its text, and attention gives
+    unused slots a weight of 0, which would spread it. The text's own residual stream
+    shows that it is broken.
+    """
+    v = jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
     return tuple(
         write(buffer, index, place.rows, place.slots, new)
         for buffer, new in zip(buffers, (k, v), strict=True)

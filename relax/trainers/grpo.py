@@ -3,8 +3,8 @@
 https://arxiv.org/abs/2402.03300; names and meanings of options and metrics are those of
 TRL 1.16. Departures from it: the logprobs that the ratio starts from are always those
 of the parameters that sampled; a step's loss is the same whatever its accumulation
-(but for the entropy threshold, which each part takes by itself, as TRL's does); dropout
-is off, so that what samples is what trains.
+(but for the threshold and the bonus of entropy, which each part takes by itself, as
+in TRL); dropout is off, so that what samples is what trains.
 """
 
 import contextlib

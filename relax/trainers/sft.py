@@ -70,8 +70,9 @@ def inspect(setup: Setup) -> None:
 
 def _training_batches(setup: Setup, records: Records) -> ExampleBatches:
     trainer = setup.trainer
+    examples = _encode(setup, records.train)
     batches = ExampleBatches(
-        _encode(setup, records.train),
+        examples,
         batch_size=trainer.batch_size,
         context=trainer.context,
         packing=setup.data.packing,
@@ -88,6 +89,13 @@ def _training_batches(setup: Setup, records: Records) -> ExampleBatches:
         trainer.context,
         100 * batches.padding_share,
     )
+    if examples.truncated:
+        logger.warning(
+            "data: %d of %d records are longer than %d tokens and are cut at their end",
+            examples.truncated,
+            len(records.train),
+            trainer.context + 1,
+        )
     return batches
 
 
