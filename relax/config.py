@@ -43,8 +43,15 @@ def to_dataclass(cls: type[T], node: DictConfig | Mapping[str, Any], path: str) 
 
 
 def to_values(config: DictConfig) -> dict[str, Any]:
-    """Returns the composed config as plain values, interpolations resolved."""
-    return OmegaConf.to_container(config, resolve=True)
+    """Returns the composed config as plain values, interpolations resolved.
+
+    Raises ValueError naming the config path of one that can't be.
+    """
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{error.full_key or error.key}: {reason}") from None
 
 
 def save_config(values: Mapping[str, Any], path: Path) -> None:

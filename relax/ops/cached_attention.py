@@ -12,8 +12,8 @@ from relax.ops.masks import AttentionMask, key_block_mask
 # Keys per step. An accelerator pays for each turn of a loop, a CPU for each key.
 BLOCKS = {"cpu": 256}
 LARGE_BLOCK = 2048
-# XLA's CPU backend multiplies the small matrices of narrow heads at a third of the speed
-# of the same sums written out (512 rows, 96 slots, 4 x 2 heads of 8: 1.0 and 0.4 ms).
+# XLA's CPU backend multiplies the small matrices of narrow heads at less than half the
+# speed of the same sums written out (512 rows, 96 slots, 4 x 2 heads of 8).
 NARROW_HEAD, FEW_ROWS = 16, 8
 
 Block = tuple[Float[Array, "B K s H"], Float[Array, "B K s H"]]

@@ -2,11 +2,13 @@
 
 from relax.rewards.registry import NEEDS_ANSWER, REWARDS, find_reward
 from relax.rewards.samples import Reward, Sample
-from relax.rewards.scorer import RewardScorer, Scores
+from relax.rewards.scorer import FAILED, TIMED_OUT, RewardScorer, Scores
 
 __all__ = [
+    "FAILED",
     "NEEDS_ANSWER",
     "REWARDS",
+    "TIMED_OUT",
     "Reward",
     "RewardScorer",
     "Sample",

@@ -22,29 +22,29 @@ REWARDS: dict[str, Reward] = {
 NEEDS_ANSWER = ("exact_match", "numeric_answer", "last_number")  # in the record
 
 
-def find_reward(name: str) -> Reward:
+def find_reward(name: str, option: str = "trainer.rewards") -> Reward:
     """Returns one of REWARDS, or the function that `module:function` names.
 
     A module is also looked for in the working directory. Raises ValueError that lists
-    the names, or says what is wrong with the module.
+    the names, or says what is wrong with the module, and names the `option`.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon:
         if name not in REWARDS:
             raise ValueError(
-                f"trainer.rewards={name} is unknown; choose among "
+                f"{option}={name} is unknown; choose among "
                 f"{', '.join(REWARDS)}, or name a function of yours as module:function"
             )
         return REWARDS[name]
-    function = getattr(_import(module_name, name), function_name, None)
+    function = getattr(_import(module_name, f"{option}={name}"), function_name, None)
     if not callable(function):
         raise ValueError(
-            f"trainer.rewards={name}: {module_name} has no function {function_name!r}"
+            f"{option}={name}: {module_name} has no function {function_name!r}"
         )
     return function
 
 
-def _import(module_name: str, name: str):
+def _import(module_name: str, given: str):
     """Returns the module; imported with the working directory last on the path."""
     here = os.getcwd()
     if here not in sys.path:
@@ -54,6 +54,6 @@ def _import(module_name: str, name: str):
     # A module of the user's may raise anything; SystemExit is no Exception.
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"trainer.rewards={name}: {module_name!r} can't be imported: "
+            f"{given}: {module_name!r} can't be imported: "
             f"{type(error).__name__}: {error}"
         ) from error

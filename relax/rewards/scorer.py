@@ -17,15 +17,19 @@ from relax.rewards.samples import Reward, Sample
 
 logger = logging.getLogger(__name__)
 
+FAILED, TIMED_OUT = 1, 2
+
 
 class Scores(NamedTuple):
     """Rewards of N samples by F functions.
 
     values: `[N, F]`, NaN where a function did not apply, failed or took too long.
-    total: `[N]`, see `RewardScorer.total`. errors, timeouts: how many, by name.
+    states: `[N, F]`, FAILED, TIMED_OUT or else 0. total: `[N]`, see
+    `RewardScorer.total`. errors, timeouts: how many, by name.
     """
 
     values: np.ndarray
+    states: np.ndarray
     total: np.ndarray
     errors: dict[str, int]
     timeouts: dict[str, int]
@@ -35,6 +39,10 @@ class _Outcome(NamedTuple):
     value: float = math.nan
     error: str | None = None
     timed_out: bool = False
+
+    @property
+    def state(self) -> int:
+        return TIMED_OUT if self.timed_out else FAILED * (self.error is not None)
 
 
 class RewardScorer:
@@ -82,27 +90,31 @@ class RewardScorer:
     def score(
         self,
         samples: Sequence[Sample],
-        on_result: Callable[[int, list[float]], None] | None = None,
+        on_result: Callable[[int, list[float], list[int]], None] | None = None,
     ) -> Scores:
         """Returns the scores, rows in the order of `samples`.
 
-        on_result: told the index and the values of each row as soon as it is done, in
-        whatever order that is.
+        on_result: told the index, the values and the states of each row as soon as it
+        is done, in whatever order that is.
         """
-        values = np.full((len(samples), len(self.names)), np.nan)
+        shape = len(samples), len(self.names)
+        values, states = np.full(shape, np.nan), np.zeros(shape, np.int8)
         missing = [len(self.names)] * len(samples)
-        errors, timeouts = dict.fromkeys(self.names, 0), dict.fromkeys(self.names, 0)
         run = self._run_here if self._pool is None else self._run_in_pool
         for row, column, outcome in run(samples):
             values[row, column] = outcome.value
-            name = self.names[column]
-            timeouts[name] += outcome.timed_out
-            errors[name] += outcome.error is not None and not outcome.timed_out
-            self._log_first(name, outcome)
+            states[row, column] = outcome.state
+            self._log_first(self.names[column], outcome)
             missing[row] -= 1
             if on_result is not None and not missing[row]:
-                on_result(row, values[row].tolist())
-        return Scores(values, self.total(values), errors, timeouts)
+                on_result(row, values[row].tolist(), states[row].tolist())
+        errors, timeouts = (self.count(states, state) for state in (FAILED, TIMED_OUT))
+        return Scores(values, states, self.total(values), errors, timeouts)
+
+    def count(self, states: np.ndarray, state: int) -> dict[str, int]:
+        """Returns how many of states `[N, F]` are this one, by name."""
+        counts = (states == state).sum(axis=0).tolist()
+        return dict(zip(self.names, counts, strict=True))
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Returns the weighted sums `[N]` of values `[N, F]`.

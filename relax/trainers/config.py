@@ -19,13 +19,14 @@ from relax.text.tokenizers import Tokenizer
 class LoopConfig:
     """The loop that all trainers share; counts are in optimizer steps.
 
-    batch_size: rows per step over all devices, taken in `accumulation` parts.
-    context: most tokens per row. steps_per_dispatch: steps that one call of the device
-    runs. eval_every, save_every: 0 is never (the last step is evaluated and saved
-    always). keep_last: how many last checkpoints stay beside the best. stop_metric,
-    stop_value: the run ends where an evaluation's metric reaches the value (from above
-    where the name ends in "loss"); null: never. max_logits: how many logits may exist
-    at a time. profile_start: step at which `profile_steps` are profiled; null: never.
+    batch_size: rows per step over all devices, taken in `accumulation` parts. context:
+    most tokens per row. steps_per_dispatch: steps that one call of the device runs.
+    eval_every, save_every: 0 is never (the last step is evaluated and saved always).
+    eval_at_start: also before the first step. keep_last: how many last checkpoints stay
+    beside the best. stop_metric, stop_value: the run ends where an evaluation's metric
+    reaches the value (from above where the name ends in "loss"); null: never.
+    max_logits: how many logits may exist at a time. profile_start: step at which
+    `profile_steps` are profiled; null: never.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class LoopConfig:
     context: int
     steps_per_dispatch: int
     eval_every: int
+    eval_at_start: bool
     eval_batch_size: int
     save_every: int
     keep_last: int
@@ -77,6 +79,11 @@ class LoopConfig:
             raise ValueError(
                 f"trainer.stop_metric={self.stop_metric} and trainer.stop_value="
                 f"{self.stop_value}: give both, or null for both"
+            )
+        if self.stop_metric is not None and not self.eval_every:
+            raise ValueError(
+                f"trainer.stop_metric={self.stop_metric} is looked at in evaluations, "
+                "and trainer.eval_every=0 makes none before the last step"
             )
 
     def _check_kind(self, kind: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from relax.generation.requests import Completion, Request
-from relax.rewards import Reward, Sample
+from relax.rewards import RewardScorer, Sample
 from relax.trainers.config import Setup
 from relax.trainers.loop import Evaluation
 from relax.trainers.prompts import Prompt, check_length, make_prompt
@@ -44,14 +44,19 @@ def held_out_prompts(setup: Setup, records: Sequence, count: int) -> list[Prompt
 
 
 def make_completion_evaluation(
-    setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], reward: Reward | None
+    setup: Setup,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    scorer: RewardScorer | None,
+    outcome: int = 0,
 ) -> Callable[..., Evaluation]:
     """Returns params -> how the prompts are completed, `trainer.eval_samples` times.
 
     Metrics: `val_ended`, the share that ended by itself, `val_mean_length` in tokens,
-    and `val_pass@1` and `val_pass@k` for k samples of the prompts that the reward can
-    judge, if it can judge any; a completion is right where the reward is at least 1.
-    The same keys are drawn with at each evaluation.
+    and `val_pass@1` and `val_pass@k` for k samples of the prompts that the scorer's
+    reward number `outcome` can judge, if it can judge any; a completion is right where
+    it is at least 1, and not where it fails. The same keys are drawn with at each
+    evaluation.
     """
     trainer = setup.trainer
     count = trainer.eval_samples
@@ -75,13 +80,14 @@ def make_completion_evaluation(
             {"prompt": prompt.text, "completion": completion.text}
             for prompt, completion in zip(rows, completions, strict=True)
         ][: trainer.show_samples * count : count]
-        if reward is not None:
-            solved = [
-                _solves(reward, as_sample(prompt, completion, sampling.max_new_tokens))
-                for prompt, completion in zip(rows, completions, strict=True)
+        if scorer is not None:
+            longest = sampling.max_new_tokens
+            samples = [
+                as_sample(*pair, longest)
+                for pair in zip(rows, completions, strict=True)
             ]
-            groups = np.reshape(np.array(solved, float), (len(prompts), count))
-            judged = groups[~np.isnan(groups).any(axis=1)].sum(axis=1).astype(int)
+            solved = _solved(scorer, samples, outcome).reshape(len(prompts), count)
+            judged = solved[~np.isnan(solved).any(axis=1)].sum(axis=1).astype(int)
             for k in sorted({1, count}) if len(judged) else ():
                 metrics[f"val_pass@{k}"] = pass_at_k(judged, count, k)
         return Evaluation(metrics, shown)
@@ -102,16 +108,17 @@ def as_sample(prompt: Prompt, completion: Completion, max_new_tokens: int) -> Sa
     )
 
 
-def _solves(reward: Reward, sample: Sample) -> bool | None:
-    """Returns whether a completion is right, None where there is nothing to judge by.
+def _solved(
+    scorer: RewardScorer, samples: Sequence[Sample], outcome: int
+) -> np.ndarray:
+    """Returns 1 for completions that are right, 0 for wrong ones and failures `[N]`.
 
-    One on which the reward fails isn't right.
+    NaN where there is nothing to judge by.
     """
-    try:
-        value = reward(sample)
-        return None if value is None else bool(value >= 1.0)
-    except (Exception, SystemExit):  # of the user's function, which never ends a run
-        return False
+    scores = scorer.score(samples)
+    values, states = scores.values[:, outcome], scores.states[:, outcome]
+    right = np.where(np.isnan(values), np.nan, values >= 1.0)
+    return np.where(states == 0, right, 0.0)
 
 
 def _mean(values) -> float:

@@ -23,7 +23,7 @@ from relax.model.llama import make_llama
 from relax.model.lora import base_of
 from relax.optim import make_optimizer, make_schedule
 from relax.policy_losses import row_weights
-from relax.rewards import NEEDS_ANSWER, RewardScorer, find_reward
+from relax.rewards import NEEDS_ANSWER, RewardScorer
 from relax.sharding import make_constrain, shard_batch
 from relax.steps import (
     MISMATCH,
@@ -77,12 +77,13 @@ def make_task(setup: Setup) -> Task:
         logger.info(
             "rollouts: unrolled layers take %.1f MB more", sampler.extra_bytes / 1e6
         )
+    policy = _Policy(setup, sampler, records.train)
     evaluate = None
     if trainer.eval_prompts:
         held_out = held_out_prompts(setup, records.validation, trainer.eval_prompts)
-        reward = find_reward(trainer.rewards[trainer.outcome_index])
-        evaluate = make_completion_evaluation(setup, sampler, held_out, reward)
-    policy = _Policy(setup, sampler, records.train)
+        evaluate = make_completion_evaluation(
+            setup, sampler, held_out, policy.scorer, trainer.outcome_index
+        )
     options = trainer.policy_options
     loss_fn = make_policy_loss(
         policy.apply,
@@ -110,6 +111,7 @@ def make_task(setup: Setup) -> Task:
         conclude=policy.conclude,
         extra=policy.extra,
         progress=policy.progress,
+        saved=policy.saved,
         restore=policy.restore,
         close=policy.close,
     )
@@ -156,13 +158,13 @@ class _Policy:
         self.num_ids = min(setup.model.vocab_size, setup.tokenizer.vocab_size)
         self.apply = make_llama(setup.model, make_constrain(setup.mesh)).apply
         self._open = contextlib.ExitStack()
-        scorer = RewardScorer(
+        self.scorer = RewardScorer(
             trainer.rewards,
             trainer.reward_weights,
             processes=trainer.reward_processes,
             time_limit_seconds=trainer.reward_seconds,
         )
-        self._open.enter_context(scorer)
+        self._open.enter_context(self.scorer)
         self._journal = RewardJournal(setup.folder, trainer.rewards)
         self._open.callback(self._journal.close)
         truncates = _truncates(setup)
@@ -171,7 +173,7 @@ class _Policy:
         self._maker = RolloutMaker(
             setup,
             sampler,
-            scorer,
+            self.scorer,
             self._journal,
             lambda number: _prompt_of(records, order[number], setup),
             truncates,
@@ -205,9 +207,12 @@ class _Policy:
         return kept
 
     def progress(self) -> dict[str, Any]:
-        """Returns how many prompts were taken; a checkpoint is about to be written."""
-        self._journal.rotate()
+        """Returns how many prompts were taken."""
         return {"prompts_consumed": self._consumed}
+
+    def saved(self) -> None:
+        """Forgets the rewards that the checkpoint before this one has made useless."""
+        self._journal.rotate()
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Goes on after the prompts that were taken."""

@@ -65,7 +65,8 @@ class Task:
     step) -> Prepared`, before the step. conclude: `(step, metrics) -> more metrics`; it
     raises where these say that the run must not go on. extra: params -> what the train
     state is to keep besides. progress, restore: what a checkpoint keeps as JSON, and
-    its way back. close: ends what the task has opened.
+    its way back. saved: told that a checkpoint has begun, the one before complete.
+    close: ends what the task has opened.
     """
 
     train_step: Callable
@@ -81,6 +82,7 @@ class Task:
     )
     extra: Callable[[Any], Any] = lambda params: {}
     progress: Callable[[], dict[str, Any]] = dict
+    saved: Callable[[], None] = lambda: None
     restore: Callable[[Mapping[str, Any]], None] = lambda progress: None
     close: Callable[[], None] = lambda: None
 
@@ -128,6 +130,8 @@ class Loop:
         every_step = jnp.arange(self._config.num_steps)
         self._rates = np.asarray(jax.jit(jax.vmap(self._task.schedule))(every_step))
         with self._signals(), self._profiler():
+            if self._config.eval_at_start and not step and self._task.evaluate:
+                self._evaluate(step, state)
             self._read_at = time.perf_counter()
             while step < self._config.num_steps and not self._is_reached:
                 self._profile(step, state)
@@ -210,12 +214,7 @@ class Loop:
         last = step >= config.num_steps
         metrics: dict[str, float] = {}
         if self._task.evaluate and (last or _due(step, config.eval_every)):
-            evaluation = self._task.evaluate(state.params)
-            metrics = evaluation.metrics
-            _check_finite(step, metrics, self._checkpoints)
-            self._tracker.log_evaluation(step, metrics)
-            if evaluation.samples:
-                self._tracker.log_samples(step, evaluation.samples)
+            metrics = self._evaluate(step, state)
         self._save(step, state, metrics)
         if self._stop_signal is not None and not last:
             self._checkpoints.wait()
@@ -227,6 +226,15 @@ class Loop:
         if metrics and config.stop_metric is not None and not last:
             self._is_reached = self._reaches(metrics)
 
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """Evaluates, logs what was found and returns the metrics."""
+        evaluation = self._task.evaluate(state.params)
+        _check_finite(step, evaluation.metrics, self._checkpoints)
+        self._tracker.log_evaluation(step, evaluation.metrics)
+        if evaluation.samples:
+            self._tracker.log_samples(step, evaluation.samples)
+        return evaluation.metrics
+
     def _save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         rank = self._task.rank(metrics)
         progress = {"num_tokens": self._num_tokens, **self._task.progress()}
@@ -236,6 +244,7 @@ class Loop:
             None if rank is None else {"val_loss": rank},
             {**self._info, "progress": progress},
         )
+        self._task.saved()
         self._tracker.log_checkpoint(step, path)
         self._read_at = time.perf_counter()
 

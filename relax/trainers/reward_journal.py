@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,13 @@ from relax.generation.requests import Completion, Request
 
 FILE = "rewards.jsonl"
 BEFORE = "rewards_before.jsonl"
+
+
+class Kept(NamedTuple):
+    """A completion's rewards, and how each came to be (`relax.rewards.Scores`)."""
+
+    values: list[float]
+    states: list[int]
 
 
 class RewardJournal:
@@ -28,23 +36,22 @@ class RewardJournal:
         self._mend()
         self._file = self._path.open("a", encoding="utf-8")
 
-    def get(self, request: Request, completion: Completion) -> list[float] | None:
-        """Returns a completion's rewards, None where they are not known."""
+    def get(self, request: Request, completion: Completion) -> Kept | None:
+        """Returns a completion's rewards and states, None where they are not known."""
         return self._known.get(self._key(request, completion))
 
-    def put(
-        self, request: Request, completion: Completion, values: list[float]
-    ) -> None:
-        """Keeps a completion's rewards."""
+    def put(self, request: Request, completion: Completion, kept: Kept) -> None:
+        """Keeps a completion's rewards and states."""
         entry = {
             "key": self._key(request, completion),
-            "values": [None if np.isnan(value) else float(value) for value in values],
+            "values": [None if np.isnan(value) else value for value in kept.values],
+            "states": kept.states,
         }
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
     def rotate(self) -> None:
-        """Forgets what is older than the last call: a checkpoint is being written.
+        """Forgets what is older than the last call: a checkpoint has begun.
 
         What came since is kept until the next one: this one may fail.
         """
@@ -69,7 +76,7 @@ class RewardJournal:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @staticmethod
-    def _read(path: Path) -> dict[str, list[float]]:
+    def _read(path: Path) -> dict[str, Kept]:
         known = {}
         if path.exists():
             for line in path.read_bytes().split(b"\n"):
@@ -78,7 +85,7 @@ class RewardJournal:
                 except ValueError:
                     continue  # torn by a kill
                 values = [np.nan if v is None else v for v in entry["values"]]
-                known[entry["key"]] = values
+                known[entry["key"]] = Kept(values, entry["states"])
         return known
 
     def _mend(self) -> None:

@@ -1,19 +1,20 @@
 """Rollouts: groups of completions with their rewards, and as arrays to train on."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from relax.advantages import Advantages, group_advantages
 from relax.generation.requests import Completion, Request
-from relax.rewards import RewardScorer
+from relax.rewards import FAILED, TIMED_OUT, RewardScorer
 from relax.trainers.config import Setup
 from relax.trainers.evaluation import as_sample
 from relax.trainers.prompts import Prompt
-from relax.trainers.reward_journal import RewardJournal
+from relax.trainers.reward_journal import Kept, RewardJournal
 from relax.trainers.sampler import Sampler
 
 Arrays = dict[str, np.ndarray]
@@ -50,8 +51,8 @@ class Counts:
     wasted_tokens: int = 0
     sampling_seconds: float = 0.0
     reward_seconds: float = 0.0
-    failed: dict[str, int] | None = None
-    timed_out: dict[str, int] | None = None
+    failed: Counter = field(default_factory=Counter)
+    timed_out: Counter = field(default_factory=Counter)
 
 
 class RolloutMaker:
@@ -135,31 +136,28 @@ class RolloutMaker:
 
     def _rewards(self, prompts, requests, completions, counts: Counts):
         """Returns rewards `[N, rewards]` and `[N]`, those known already not again."""
-        values = np.full((len(requests), len(self._trainer.rewards)), np.nan)
+        shape = len(requests), len(self._trainer.rewards)
+        values, states = np.full(shape, np.nan), np.zeros(shape, np.int8)
         todo = []
         for index, pair in enumerate(zip(requests, completions, strict=True)):
             known = self._journal.get(*pair)
             if known is None:
                 todo.append(index)
             else:
-                values[index] = known
+                values[index], states[index] = known
         longest = self._sampling.max_new_tokens
         samples = [as_sample(prompts[i], completions[i], longest) for i in todo]
 
-        def keep(place: int, row: Sequence[float]) -> None:
+        def keep(place: int, row: list[float], row_states: list[int]) -> None:
             index = todo[place]
-            self._journal.put(requests[index], completions[index], list(row))
+            kept = Kept(row, row_states)
+            self._journal.put(requests[index], completions[index], kept)
 
         scores = self._scorer.score(samples, on_result=keep)
-        values[todo] = scores.values
-        counts.failed = _added(counts.failed, scores.errors)
-        counts.timed_out = _added(counts.timed_out, scores.timeouts)
+        values[todo], states[todo] = scores.values, scores.states
+        counts.failed.update(self._scorer.count(states, FAILED))
+        counts.timed_out.update(self._scorer.count(states, TIMED_OUT))
         return values, self._scorer.total(values)
-
-
-def _added(total: Mapping[str, int] | None, more: Mapping[str, int]) -> dict[str, int]:
-    names = [*(total or {}), *more]
-    return {name: (total or {}).get(name, 0) + more.get(name, 0) for name in names}
 
 
 def empty_arrays(rows: int, context: int, longest: int, support: int) -> Arrays:
@@ -236,7 +234,7 @@ def rollout_metrics(
         "frac_reward_zero_std": advantages.frac_reward_zero_std,
     }
     for what, by_name in (("failed", counts.failed), ("timed_out", counts.timed_out)):
-        for name, count in (by_name or {}).items():
+        for name, count in by_name.items():
             metrics[f"rewards/{name}/{what}"] = float(count)
     if trainer.dynamic_sampling:
         metrics["dynamic_sampling/acceptance"] = (

@@ -12,7 +12,7 @@ from relax.data.records import Records
 from relax.data.sources import load_records
 from relax.model.llama import make_llama
 from relax.optim import make_optimizer, make_schedule
-from relax.rewards import find_reward
+from relax.rewards import RewardScorer, find_reward
 from relax.sharding import make_constrain
 from relax.steps import make_language_model_loss, make_train_step
 from relax.text.chat import TEMPLATES
@@ -119,10 +119,13 @@ def _make_completion(setup: Setup, records: Records):
     if not trainer.eval_prompts:
         return lambda params: Evaluation({})
     prompts = held_out_prompts(setup, records.validation, trainer.eval_prompts)
-    reward = trainer.eval_reward and find_reward(trainer.eval_reward)
+    scorer = None
+    if trainer.eval_reward is not None:
+        find_reward(trainer.eval_reward, "trainer.eval_reward")
+        scorer = RewardScorer([trainer.eval_reward])
     sampler = Sampler(setup)
     sampler.check(setup.sampling)
-    return make_completion_evaluation(setup, sampler, prompts, reward)
+    return make_completion_evaluation(setup, sampler, prompts, scorer)
 
 
 def _make_evaluate(setup: Setup, records: Records, loss_fn, complete):

@@ -51,7 +51,7 @@ RELEASED = {
     "mistral_7b_v0_3": 7_248_023_552,
     "mistral_nemo_12b": 12_247_782_400,
 }
-OWN = {"tiny", "small", "baby", "gpt2"}
+OWN = {"nano", "tiny", "small", "baby", "gpt2"}
 
 # What a parameter count cannot see, from the released config.json files: theta, kind of
 # stretch, its factor, context before it, context, epsilon, window, head width.

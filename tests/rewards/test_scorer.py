@@ -78,7 +78,7 @@ def test_what_fails_drops_out_of_its_row(folder, processes, caplog):
     with RewardScorer(names, [1.0, 2.0, 7.0], processes=processes) as scorer:
         scores = scorer.score(
             samples("a", "none", "nan", "raise", "inf", "text", "leave"),
-            lambda row, values: told.append((row, values)),
+            lambda *row: told.append(row),
         )
     nan = math.nan
     expected = [
@@ -94,9 +94,10 @@ def test_what_fails_drops_out_of_its_row(folder, processes, caplog):
     np.testing.assert_allclose(scores.total, [15, 6, 8, 15, 12, 14, 15], rtol=1e-15)
     assert scores.errors == {names[0]: 3, names[1]: 2, "length": 0}
     assert scores.timeouts == dict.fromkeys(names, 0)
-    assert sorted(row for row, _ in told) == list(range(7))
-    for row, values in told:
+    assert sorted(row for row, _, _ in told) == list(range(7))
+    for row, values, states in told:
         np.testing.assert_array_equal(values, expected[row])
+        assert states == scores.states[row].tolist()
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 2  # the first of each
     assert any("scored_67:told failed" in x and "returned nan" in x for x in warnings)

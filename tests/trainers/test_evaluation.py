@@ -9,7 +9,7 @@ from relax.config import load_config
 from relax.data.records import RecordsConfig
 from relax.data.sources import SOURCES, load_records
 from relax.generation.requests import Completion
-from relax.rewards import REWARDS
+from relax.rewards import REWARDS, RewardScorer
 from relax.sampling import SamplingConfig
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 from relax.trainers.evaluation import (
@@ -38,6 +38,7 @@ def setup_of(samples: int = 3, **fields):
             TokenizerConfig(kind="bytes", encoding=None, path=None)
         ),
         data=data,
+        model=SimpleNamespace(max_position_embeddings=17),
         template=None,
         seed=17,
     )
@@ -80,7 +81,11 @@ def evaluation(texts, reward=REWARDS["exact_match"], ended=True, **fields):
     """Returns the evaluation of the records, and the sampler that completes them."""
     sampler, setup = Sampler(texts, ended), setup_of(**fields)
     prompts = held_out_prompts(setup, RECORDS, len(texts))
-    return make_completion_evaluation(setup, sampler, prompts, reward), sampler
+    scorer = None
+    if reward is not None:
+        scorer = RewardScorer(["exact_match"])
+        scorer._functions = [reward]
+    return make_completion_evaluation(setup, sampler, prompts, scorer), sampler
 
 
 TEXTS = [["2", "2", "3"], ["5", "6", "4"], ["0", "0", "0"]]
@@ -174,12 +179,16 @@ def test_the_first_held_out_records_are_asked_as_far_as_there_are_some():
     assert len(held_out_prompts(setup_of(), RECORDS, 99)) == 5
 
 
-def test_a_held_out_prompt_that_is_too_long_is_named():
-    records = [*RECORDS, {"prompt": "1" * 9, "answer": "1"}]
-    with pytest.raises(
-        ValueError, match=r"prompt 5 of the data has 9 tokens, and with"
-    ):
-        held_out_prompts(setup_of(), records, 6)
+def test_a_held_out_prompt_may_be_as_long_as_the_model_can_read():
+    """What is only completed need not fit in trainer.context."""
+    longest, longer = ({"prompt": "1" * count, "answer": "1"} for count in (12, 13))
+    assert len(held_out_prompts(setup_of(), [*RECORDS, longest], 6)) == 6
+    with pytest.raises(ValueError) as raised:
+        held_out_prompts(setup_of(), [*RECORDS, longer], 6)
+    assert str(raised.value).startswith(
+        "prompt 5 of the data has 13 tokens, and with sampling.max_new_tokens=5 "
+        "model.max_position_embeddings=17 has room for 1 to 12; "
+    )
 
 
 def test_held_out_prompts_need_records():

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from relax.generation.requests import Completion, Request
-from relax.trainers.reward_journal import BEFORE, FILE, RewardJournal
+from relax.rewards import TIMED_OUT
+from relax.trainers.reward_journal import BEFORE, FILE, Kept, RewardJournal
 
 NAMES = ("exact_match", "ends")
 REQUEST = Request((65, 61), 3, 1)
 COMPLETION = Completion("12", [49, 50, 256], finish_reason="stop")
-VALUES = [0.1 + 0.2, float("nan")]
+VALUES = Kept([0.1 + 0.2, float("nan")], [0, TIMED_OUT])
 
 
 def journal(folder, names=NAMES) -> RewardJournal:
@@ -35,8 +36,9 @@ def find(folder, request=REQUEST, completion=COMPLETION, names=NAMES):
 
 def test_rewards_are_found_again_to_the_last_bit(kept):
     found = find(kept)
-    assert found[0] == VALUES[0]
-    assert np.isnan(found[1])
+    assert found.values[0] == 0.1 + 0.2
+    assert np.isnan(found.values[1])
+    assert found.states == [0, TIMED_OUT]
 
 
 @pytest.mark.parametrize(

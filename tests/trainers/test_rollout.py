@@ -59,8 +59,10 @@ class Sampler:
     def decoding_params(self, params):
         return f"decoding {params}"
 
-    def complete(self, params, requests, sampling, rows, keep_support=False):
-        self.calls.append((params, sampling.seed, rows, keep_support))
+    def complete(
+        self, params, requests, sampling, rows, capacity=None, keep_support=False
+    ):
+        self.calls.append((params, sampling.seed, rows, capacity, keep_support))
         return [self.by_number(r.input_index, r.sample_index) for r in requests]
 
 
@@ -121,7 +123,7 @@ def test_a_rollout_is_groups_of_the_next_prompts(maker):
     assert (counts.consumed, counts.groups, counts.wasted_tokens) == (3, 3, 0)
     assert counts.new_tokens == 9 * 2
     # The run's seed draws, not that of the sampling group.
-    assert sampler.calls == [("decoding params", 17, 9, True)]
+    assert sampler.calls == [("decoding params", 17, 9, CONTEXT, True)]
     assert groups[0].values.tolist() == [[0.0]] * 3
 
 
