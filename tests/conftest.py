@@ -64,8 +64,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 # Their programs take longer to compile than to run. The others' run as users' do.
+# What they look at are files, texts and errors; no figure and no bit of a promise.
 _COMPILED_QUICKLY = (
-    *("generation/test_engine.py", "generation/test_session.py"),
+    *("tasks/", "experiments/test_bench"),
     *("test_generation_interrupts.py", "test_language_model.py"),
 )
 

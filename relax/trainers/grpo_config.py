@@ -21,6 +21,13 @@ _BIASING = (
     "num_beams",
     "ignore_eos",
 )
+# How the YAML writes what turns them off, where Python writes it otherwise.
+_OFF = {
+    "logit_bias": "null",
+    "constraint": "null",
+    "choices": "[]",
+    "ignore_eos": "false",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +188,17 @@ def check_unbiased(sampling: SamplingConfig) -> None:
             "sampling.temperature=0 makes all completions of a prompt alike; set "
             "sampling.temperature=1 for grpo"
         )
+    if sampling.num_return_sequences != 1:
+        raise ValueError(
+            f"sampling.num_return_sequences={sampling.num_return_sequences} is nothing "
+            "that grpo goes by: set it to 1, and trainer.num_generations instead"
+        )
     default = SamplingConfig()
     for name in _BIASING:
-        value = getattr(sampling, name)
-        if value != getattr(default, name):
+        value, off = getattr(sampling, name), getattr(default, name)
+        if value != off:
+            off = _OFF.get(name, off)
             raise ValueError(
                 f"sampling.{name}={value} would bias the ratio of grpo, whose loss "
-                f"doesn't know it; set sampling.{name}={getattr(default, name)}"
+                f"doesn't know it; set sampling.{name}={off}"
             )
