@@ -1,10 +1,8 @@
 """A training run, from composed config to its last checkpoint."""
 
 import contextlib
-import importlib.metadata
 import logging
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from relax.build import (
     with_vocabulary,
 )
 from relax.checkpoints.native import RunCheckpoints, resolve_run
-from relax.checkpoints.pretrained import Origin
+from relax.checkpoints.pretrained import Origin, find_pretrained
 from relax.config import load_config, override, save_config, to_dataclass
 from relax.data.corpora import KINDS as CORPORA
 from relax.data.corpora import DataConfig
@@ -33,6 +31,7 @@ from relax.model.config import LlamaConfig
 from relax.model.lora import NO_LORA
 from relax.model.parameters import parameter_count
 from relax.optim import OptimizerConfig, make_optimizer
+from relax.run_folder import CONFIG_FILE, make_run_folder, write_provenance
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
 from relax.sharding import MeshConfig, make_mesh
@@ -47,16 +46,19 @@ from relax.trainers.loop import Loop, Task
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-
 
 class Trainer(NamedTuple):
-    """A way of training: its config, what makes its task, and the data it takes."""
+    """A way of training: its config, what makes its task, and the data it takes.
+
+    inspect: shows its data. check: raises where trainer, model and sampling don't go
+    together, before anything is read.
+    """
 
     config: type[LoopConfig]
     make_task: Callable[[Setup], Task]
     data: Mapping[str, type]
     inspect: Callable[[Setup], None] | None = None
+    check: Callable[..., None] = lambda trainer, model, sampling: None
 
 
 _CORPORA = dict.fromkeys(CORPORA, DataConfig)
@@ -64,7 +66,9 @@ _RECORDS = {kind: source[0] for kind, source in SOURCES.items()}
 TRAINERS = {
     "pretrain": Trainer(PretrainConfig, pretrain.make_task, _CORPORA),
     "sft": Trainer(SFTConfig, sft.make_task, _RECORDS, sft.inspect),
-    "grpo": Trainer(GRPOConfig, grpo.make_task, _RECORDS, grpo.inspect),
+    "grpo": Trainer(
+        GRPOConfig, grpo.make_task, _RECORDS, grpo.inspect, grpo.check_together
+    ),
 }
 # What a model that is trained on keeps of its checkpoint is its shape; how it is
 # trained and run is said by the config.
@@ -166,20 +170,23 @@ def start(config: Mapping[str, Any]) -> None:
     configure(configs.runtime)
     make_optimizer(configs.optimizer, configs.trainer.num_steps)  # checks the schedule
     trainer = TRAINERS[configs.trainer.kind]
+    trainer.check(configs.trainer, configs.model, configs.sampling)
     base = _load_base(configs)
     setup, origin = _new_setup(configs, base)
     if getattr(configs.data, "inspect", False):
         trainer.inspect(setup)
         return
     folder = make_run_folder(Path(configs.run.run_folder))
+    opened = contextlib.ExitStack()
     try:
         config = {**config, "model": _plain(asdict(setup.model))}
-        _write_provenance(config, folder)
+        write_provenance(config, folder)
         setup = setup._replace(folder=folder)
         setup.tokenizer.save(folder / TOKENIZER_FOLDER)
         if setup.template is not None:
             setup.template.save(folder / TOKENIZER_FOLDER)
-        task = trainer.make_task(setup)
+        task = opened.enter_context(contextlib.closing(trainer.make_task(setup)))
+        _check_stop_metric(configs.trainer, task)
         optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
         places = optimizer, setup.mesh, setup.seed, task.extra
         if base is None:
@@ -187,9 +194,11 @@ def start(config: Mapping[str, Any]) -> None:
         else:
             state = train_state_from(setup.model, base.params, *places)
     except BaseException:
+        opened.close()
         shutil.rmtree(folder)  # nothing but what was just written
         raise
-    _train(configs, config, setup, task, origin, state)
+    with opened:
+        _train(configs, config, setup, task, origin, state)
 
 
 def resume(reference: str, changes: Mapping[str, Any]) -> None:
@@ -200,12 +209,14 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
     checkpoint, and ValueError, the run left as it was, where it can't go on.
     """
     folder, name = resolve_run(reference, option="resume")
-    _check_changes(changes, folder)
-    config = override(load_config(folder / CONFIG_FILE), changes)
-    config = {**config, "model": NO_LORA | config["model"]}
+    config = load_config(folder / CONFIG_FILE)
+    changes = _own_changes(changes, config, folder)
+    config = override({**config, "model": NO_LORA | config["model"]}, changes)
     configs = typed(config)
     configure(configs.runtime)
-    with RunCheckpoints(folder, keep_last=configs.trainer.keep_last) as checkpoints:
+    opened = contextlib.ExitStack()
+    keep_last = configs.trainer.keep_last
+    with opened, RunCheckpoints(folder, keep_last=keep_last) as checkpoints:
         # The best step is what `resolve_run` says where the reference names none.
         named = name != "best" or reference.endswith("@best")
         step = checkpoints.step_named(name if named else "last")
@@ -216,24 +227,43 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
                 "trainer.num_steps to go on"
             )
         info = checkpoints.info(step)
+        progress = info.get("progress", {})
+        _check_reached(progress, configs.trainer, changes, folder)
         origin = Origin(**info.get("origin", {}))
         tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         template = load_template(folder / TOKENIZER_FOLDER, tokenizer)
         setup = _setup(configs, configs.model, tokenizer, template, origin)
         setup = setup._replace(folder=folder)
         task = TRAINERS[configs.trainer.kind].make_task(setup)
+        opened.callback(task.close)
+        _check_stop_metric(configs.trainer, task)
         optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
         abstract = abstract_train_state(setup.model, optimizer, setup.mesh, task.extra)
         state = checkpoints.restore(step, abstract)
         checkpoints.delete_after(step)
-    progress = info.get("progress", {})
-    task.restore(progress)
-    if changes:
-        save_config(config, folder / CONFIG_FILE)
-    _train(configs, config, setup, task, origin, state, progress.get("num_tokens", 0))
+        kept = opened.pop_all()
+    with kept:
+        task.restore(progress)
+        if changes:
+            save_config(config, folder / CONFIG_FILE)
+        tokens = progress.get("num_tokens", 0)
+        _train(configs, config, setup, task, origin, state, tokens)
 
 
-def _check_changes(changes: Mapping[str, Any], folder: Path) -> None:
+def _own_changes(
+    changes: Mapping[str, Any], config: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Returns the changes without choices of groups that the run has made itself.
+
+    `trainer=grpo` is how the command line comes by a trainer's values. Raises
+    ValueError for what a resumed run keeps.
+    """
+    changes = {path.lstrip("+"): value for path, value in changes.items()}
+    changes = {
+        path: value
+        for path, value in changes.items()
+        if not (path in ("trainer", "data") and value == config[path].get("kind"))
+    }
     if "run_folder" in changes:
         raise ValueError(
             f"run_folder={changes['run_folder']}: a resumed run goes on in its own "
@@ -245,6 +275,31 @@ def _check_changes(changes: Mapping[str, Any], folder: Path) -> None:
                 f"{fixed[0]}={changes[fixed[0]]}: a resumed run keeps its {what}; "
                 "start a new run for another"
             )
+    return changes
+
+
+def _check_reached(
+    progress: Mapping[str, Any], trainer: LoopConfig, changes, folder: Path
+) -> None:
+    """Raises ValueError where the run has come to its goal, and has no other now."""
+    other = {"trainer.stop_metric", "trainer.stop_value"} & changes.keys()
+    if progress.get("reached") and trainer.stop_metric is not None and not other:
+        raise ValueError(
+            f"{folder} has reached trainer.stop_metric={trainer.stop_metric} "
+            f"trainer.stop_value={trainer.stop_value}: nothing is left; to go on, give "
+            "another value, or null for both"
+        )
+
+
+def _check_stop_metric(trainer: LoopConfig, task: Task) -> None:
+    """Raises ValueError where no evaluation would give the metric to stop at."""
+    name = trainer.stop_metric
+    if name is not None and name not in task.evaluates:
+        found = ", ".join(task.evaluates) or "nothing"
+        raise ValueError(
+            f"trainer.stop_metric={name} is none of what an evaluation of this run "
+            f"gives: {found}"
+        )
 
 
 def _load_base(configs: TrainingConfigs) -> LanguageModel | None:
@@ -258,6 +313,9 @@ def _load_base(configs: TrainingConfigs) -> LanguageModel | None:
         scan_layers=configs.model.scan_layers,
         option="init",
     )
+    if find_pretrained(configs.run.init) is None or model.config.lora_rank:
+        # An adapter trained on this is one of this model, not of where that came from.
+        model.origin = replace(model.origin, name=configs.run.init)
     model.merge_lora()
     if model.tokenizer is None:
         raise ValueError(
@@ -285,11 +343,18 @@ def _setup(configs: TrainingConfigs, model, tokenizer, template, origin) -> Setu
     named = getattr(configs.data, "template", None)
     if named is not None:
         template = named_template(named, tokenizer, "data.template")
+    sampling = configs.sampling
+    is_chat = named is not None or configs.data.kind in ("conversations", "prompts")
+    if is_chat and template is not None:
+        # A turn that no special token ends is ended by what the template writes.
+        strings = template.end_of_turn(tokenizer)[1]
+        stops = dict.fromkeys((*sampling.stop_strings, *strings))
+        sampling = replace(sampling, stop_strings=tuple(stops))
     return Setup(
         trainer=configs.trainer,
         model=model,
         optimizer=configs.optimizer,
-        sampling=configs.sampling,
+        sampling=sampling,
         data=configs.data,
         tokenizer=tokenizer,
         mesh=make_mesh(configs.mesh),
@@ -304,7 +369,6 @@ def _train(
 ) -> None:
     step, total, folder = int(state.step), configs.trainer.num_steps, setup.folder
     with (
-        contextlib.closing(task),
         RunCheckpoints(folder, keep_last=configs.trainer.keep_last) as checkpoints,
         Tracker(
             folder, config, configs.logger, configs.run.name, total, start_step=step
@@ -325,49 +389,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def make_run_folder(wanted: Path) -> Path:
-    """Returns a new folder named `wanted`, or with -1, -2 ... where others took it.
-
-    Raises OSError naming `run_folder` where it can't be made.
-    """
-    for suffix in ("", *(f"-{index}" for index in range(1, 1000))):
-        folder = wanted.with_name(wanted.name + suffix)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not folder.is_dir():
-                raise OSError(f"run_folder={wanted}: a file is in the way") from None
-            continue
-        except OSError as error:
-            raise OSError(
-                f"run_folder={wanted} can't be made ({error.strerror}); set run_folder "
-                "to a folder that you may write to"
-            ) from None
-        return folder
-    raise OSError(f"run_folder={wanted} and 999 after it exist; set another run_folder")
-
-
-def _write_provenance(config, folder: Path) -> None:
-    """Keeps the resolved config, the code's revision and the libraries' versions."""
-    save_config(config, folder / CONFIG_FILE)
-    libraries = ("jax", "dm-haiku", "optax", "orbax-checkpoint", "grain")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    save_config({**_revision(), **versions}, folder / "versions.yaml")
-
-
-def _revision() -> dict[str, Any]:
-    """Returns the code's git revision and whether it was changed, if there is git."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    if shutil.which("git") is None:
-        return {"revision": None, "changed": None}
-    return {
-        "revision": git("rev-parse", "HEAD") or None,
-        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }

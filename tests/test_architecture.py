@@ -32,7 +32,9 @@ ROOMS = {
     "trainers": PARTS,
     "tasks": PARTS | {"language_model"},
     "build": PARTS | {"language_model", "config"},
-    "training": PARTS | {"build", "config", "runtime", "language_model", "trainers"},
+    "run_folder": {"config"},
+    "training": PARTS
+    | {"build", "config", "language_model", "run_folder", "runtime", "trainers"},
     "inference": PARTS | {"build", "config", "runtime", "language_model", "tasks"},
     "cli": {"trainers"},
     "relax": {"build", "language_model", "sampling"},

@@ -106,3 +106,32 @@ def test_a_new_run_takes_no_folder_from_another(tmp_path):
     made = [training.make_run_folder(tmp_path / "runs" / "a") for _ in range(3)]
     assert [folder.name for folder in made] == ["a", "a-1", "a-2"]
     assert all(folder.is_dir() for folder in made)
+
+
+def test_choices_that_the_run_made_itself_may_be_said_again(run):
+    training.resume(
+        f"{run}@4", {"trainer": "pretrain", "data": "text", "+trainer.eval_every": 0}
+    )
+    assert load_config(run / "config.yaml")["trainer"]["eval_every"] == 0
+    with pytest.raises(ValueError, match="a resumed run keeps its own configuration"):
+        training.resume(f"{run}@4", {"trainer": "sft"})
+
+
+def goal(metric: str, value: float) -> dict:
+    return {"trainer.stop_metric": metric, "trainer.stop_value": value}
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused(run):
+    with pytest.raises(ValueError, match="stop_metric=val_pass@1 is none of what an"):
+        training.resume(f"{run}@4", goal("val_pass@1", 0.5))
+    assert steps(run) == [2, 4, 6]
+
+
+def test_a_run_that_has_come_to_its_goal_ends_and_stays_ended(run):
+    training.resume(f"{run}@2", goal("val_loss", 99.0))
+    assert steps(run) == [2, 4]
+    with pytest.raises(ValueError, match=r"has reached .*=val_loss .*=99.0: nothing"):
+        training.resume(str(run), {})
+    assert steps(run) == [2, 4]
+    training.resume(str(run), goal("val_loss", 0.0))
+    assert steps(run) == [2, 4, 6]

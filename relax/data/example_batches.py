@@ -16,6 +16,7 @@ from relax.data.packing import pack
 Batch = dict[str, np.ndarray]
 
 SHORTEST = 16  # places of a row that is cut
+_SURVEYED_ROWS = 2**16  # half a second of asking for their order
 
 
 def rounded(length: int) -> int:
@@ -42,8 +43,7 @@ class ExampleBatches:
 
     trim: rows are cut to what `rounded` makes of the longest of the batch. Which
     documents share a row is planned once, for all epochs. rows_per_epoch: how many rows
-    there are. padding_share: the share of their places without a token. dropped:
-    records that are in no row.
+    there are. dropped: records that are in no row.
 
     Raises:
       ValueError: there are no examples, or the rows cannot be dealt evenly to the
@@ -73,7 +73,6 @@ class ExampleBatches:
             )
         self._layout = _Rows(examples, context, packing)
         self.rows_per_epoch = len(self._layout)
-        self.padding_share = self._layout.padding_share
         self.dropped = examples.dropped
         # Beyond an epoch, `shuffle` takes a new seed from index // rows.
         order = grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle()
@@ -87,12 +86,35 @@ class ExampleBatches:
         batch = self._layout.batch(rows[self._rows], len(rows[self._rows]))
         if not self._trim:
             return batch
-        width = rounded(int(self._layout.row_tokens[rows].max()))
+        width = self._width(rows)
         return {name: values[:, :width] for name, values in batch.items()}
+
+    @property
+    def padding_share(self) -> float:
+        """The share of places without a token, of all processes' batches of an epoch.
+
+        With trim, of the first epoch's batches as they are cut, and of no more of them
+        than have 65,536 rows.
+        """
+        if not self._trim:
+            return self._layout.padding_share
+        used = places = surveyed = step = 0
+        while surveyed < min(self.rows_per_epoch, _SURVEYED_ROWS):
+            rows = self._order[step]
+            used += int(self._layout.row_tokens[rows].sum())
+            places += len(rows) * self._width(rows)
+            surveyed += len(rows)
+            step += 1
+        return 1 - used / places
 
     def tokens_at(self, step: int) -> int:
         """Returns how many places of a batch, of all processes, hold a token."""
         return int(self._layout.row_tokens[self._order[step]].sum())
+
+    def _width(self, rows: np.ndarray) -> int:
+        """Returns the places of each of these rows, if they are cut."""
+        longest = int(self._layout.row_tokens[rows].max())
+        return min(rounded(longest), self._layout.context)
 
 
 def validation_examples(
@@ -118,7 +140,7 @@ class _Rows:
 
     def __init__(self, examples: Examples, context: int, packing: bool) -> None:
         self._examples = examples
-        self._context = context
+        self.context = context
         self._packing = packing
         lengths = examples.lengths
         # The rows' documents one after another, and where each row's begin.
@@ -140,7 +162,7 @@ class _Rows:
 
     def batch(self, rows: np.ndarray | range, size: int) -> Batch:
         """Returns a batch of `size` rows, of which the first are these."""
-        shape = size, self._context
+        shape = size, self.context
         batch = {
             "tokens": np.zeros(shape, np.int32),
             "targets": np.zeros(shape, np.int32),
@@ -158,10 +180,10 @@ class _Rows:
         for number, document in enumerate(documents, start=1):
             tokens, weights = self._examples[document]
             if self._packing:
-                end = min(start + len(tokens), self._context)
+                end = min(start + len(tokens), self.context)
                 places["segment_ids"][start:end] = number
             else:
-                end = min(len(tokens) - 1, self._context)
+                end = min(len(tokens) - 1, self.context)
             size = end - start
             targets = min(size, len(tokens) - 1)
             places["tokens"][start:end] = tokens[:size]

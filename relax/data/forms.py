@@ -49,6 +49,25 @@ def normalise(
         raise ValueError(f"data.form={form}: record {index}: {error}") from None
 
 
+def both_alike(
+    prompt: object,
+    completion: object,
+    names: tuple[str, str] = ("prompt", "completion"),
+) -> tuple[str | list[Message], str | list[Message] | None]:
+    """Returns a prompt and its completion, both texts or both messages.
+
+    Where one of them is messages, the other's text becomes one: a prompt what the user
+    says, a completion what the assistant says. completion: None where there is none.
+    names: what errors call them. Raises ValueError for what is neither.
+    """
+    if isinstance(prompt, str) and isinstance(completion, str | None):
+        return prompt, completion
+    asked = _as_messages(prompt, "user", names[0])
+    if completion is None:
+        return asked, None
+    return asked, _as_messages(completion, "assistant", names[1])
+
+
 def _recognise(record: Mapping[str, Any]) -> str:
     for name, form in _FORMS.items():
         if all(key in record for key in form.keys):
@@ -87,20 +106,11 @@ def _sharegpt(record: Mapping[str, Any], chat: bool) -> Record:
 
 def _prompt_completion(record: Mapping[str, Any], chat: bool) -> Record:
     """Both are texts, or both are messages; a completion may be missing."""
-    parts = {
-        k: record[k] for k in ("prompt", "completion") if record.get(k) is not None
-    }
-    if "prompt" not in parts:
+    if record["prompt"] is None:
         raise ValueError("its prompt is null")
-    if all(isinstance(part, str) for part in parts.values()):
-        return parts
-    roles = {"prompt": "user", "completion": "assistant"}
-    return {
-        name: [{"role": roles[name], "content": part}]
-        if isinstance(part, str)
-        else _message_list(part, name)
-        for name, part in parts.items()
-    }
+    prompt, completion = both_alike(record["prompt"], record.get("completion"))
+    parts = {"prompt": prompt}
+    return parts if completion is None else parts | {"completion": completion}
 
 
 def _alpaca(record: Mapping[str, Any], chat: bool) -> Record:
@@ -139,6 +149,14 @@ def _text(record: Mapping[str, Any], chat: bool) -> Record:
     if not isinstance(record["text"], str):
         raise ValueError(f"text is no text but a {type(record['text']).__name__}")
     return {"text": record["text"]}
+
+
+def _as_messages(part: object, role: str, name: str) -> list[Message]:
+    if isinstance(part, str):
+        return [{"role": role, "content": part}]
+    if not isinstance(part, list) or not part:
+        raise ValueError(f"{name} is neither a text nor messages")
+    return _message_list(part, name)
 
 
 def _message_list(messages: object, name: str) -> list[Message]:

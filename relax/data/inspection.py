@@ -37,7 +37,7 @@ def show_rows(batch: Batch, tokenizer: Tokenizer, console: Console, count: int) 
         facts = [
             *_facts(documents),
             f"{len(documents)} document{'s' * (len(documents) != 1)}",
-            f"{padding} padding",
+            f"{padding} padding of {context} places",
         ]
         _rule(console, f"row {row}: {', '.join(facts)}", "=")
         for number, document in enumerate(documents, start=1):

@@ -1,11 +1,13 @@
 """Prompts with answers, from files: yours, or GSM8K's."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relax.data.forms import both_alike
 from relax.data.records import (
     Record,
     Records,
@@ -16,6 +18,7 @@ from relax.data.records import (
 
 KINDS = ("prompts", "gsm8k")
 _ANSWER_MARK = "####"
+_ALIKE = ("prompt_field", "completion_field")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +28,12 @@ class PromptsConfig(RecordsConfig):
     path: a .json or .jsonl file; for gsm8k also a folder of train.jsonl and test.jsonl,
     and None: $RELAX_DATA_DIR/gsm8k. validation_path: a file; None: the last
     validation_fraction of `path`, or where that is 0 the folder's test.jsonl.
-    prompt_field: a text or messages. answer_field: what rewards compare with; None:
-    there is none. completion_field: what SFT learns; None: there is none. suffix: added
-    to prompts that are texts.
+    prompt_field: a text or messages. answer_field: what rewards compare with, a text or
+    a number; None: there is none. completion_field: what SFT learns, a text, a number
+    or messages; None: there is none. suffix: added to prompts that are texts.
 
     In gsm8k the answer is the number behind the #### of answer_field, without the
-    commas, and the
-    completion all of answer_field where completion_field is None.
+    commas, and the completion all of answer_field where completion_field is None.
     """
 
     path: str | None
@@ -66,8 +68,10 @@ class PromptsConfig(RecordsConfig):
 def load_prompts(config: PromptsConfig) -> Records:
     """Returns records of "prompt", "answer", "completion" and all other columns.
 
-    Answers are texts, numbers of the file as JSON writes them. Raises
-    FileNotFoundError, or ValueError with the record that lacks a column.
+    Answers are texts, numbers of the file as JSON writes them. A prompt and its
+    completion are both texts or both messages: where the file has one of each, the text
+    becomes what the user says, or the assistant. Raises FileNotFoundError, or
+    ValueError with the record that lacks a column, or holds something else there.
     """
     path, validation_path = _paths(config)
     train: Sequence[Record] = _read(path, "data.path", config)
@@ -121,21 +125,23 @@ def _record(columns: Record, config: PromptsConfig) -> Record:
     prompt = _column(columns, "prompt_field", config.prompt_field)
     if isinstance(prompt, str):
         prompt += config.suffix
-    elif not (isinstance(prompt, list) and prompt):
-        raise ValueError(
-            f"data.prompt_field={config.prompt_field} is neither a text nor messages"
-        )
-    record["prompt"] = prompt
+    completion = None
     if config.answer_field is not None:
-        answer = _text(_column(columns, "answer_field", config.answer_field))
+        answer = _column(columns, "answer_field", config.answer_field)
+        answer = _text(answer, f"data.answer_field={config.answer_field}")
         if config.kind == "gsm8k":
-            record["completion"] = answer
+            completion = answer
             answer = _after_mark(answer)
         record["answer"] = answer
     if config.completion_field is not None:
-        record["completion"] = _column(
-            columns, "completion_field", config.completion_field
-        )
+        completion = _column(columns, "completion_field", config.completion_field)
+    names = tuple(f"data.{x}={getattr(config, x)}" for x in _ALIKE)
+    if completion is not None and not isinstance(completion, list):
+        completion = _text(completion, names[1])
+    prompt, completion = both_alike(prompt, completion, names)
+    record["prompt"] = prompt
+    if completion is not None:
+        record["completion"] = completion
     return record
 
 
@@ -147,10 +153,13 @@ def _column(columns: Record, field: str, name: str) -> Any:
     return columns[name]
 
 
-def _text(answer: Any) -> str:
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"the answer {answer!r} is neither a text nor a number")
-    return str(answer)
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(
+            f"{name} holds {json.dumps(value)}, neither a text nor a number; write it "
+            "as a text"
+        )
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _after_mark(answer: str) -> str:

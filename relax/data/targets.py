@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from relax.data.forms import both_alike
 from relax.data.records import Record
 
 Message = Mapping[str, Any]
@@ -70,10 +71,10 @@ class RecordEncoder:
       auto: assistant for messages, completion for a prompt, all for a text.
     The first token has nothing before it that it could be predicted from, and weighs 0
     always. A message's `weight` multiplies those of its tokens.
-    as_messages: a prompt and a completion that are texts become messages. A plain text
-    begins with `bos_id` and ends with `eos_id`, where the tokenizer has them; a plain
-    completion begins where its prompt, encoded alone, ceases to be the start of both,
-    as in TRL 1.16.
+    as_messages: a prompt and a completion that are texts become messages; where only
+    one of them is a text, it always does. A plain text begins with `bos_id` and ends
+    with `eos_id`, where the tokenizer has them; a plain completion begins where its
+    prompt, encoded alone, ceases to be the start of both, as in TRL 1.16.
 
     Raises ValueError for a record that has not what `loss_on` asks for; in the
     assistant modes, that has nothing or everything in the loss; for two BOS; and for a
@@ -106,6 +107,7 @@ class RecordEncoder:
         prompt, completion = record["prompt"], record.get("completion")
         if completion is None:
             raise ValueError("it has a prompt and no completion to be trained on")
+        prompt, completion = both_alike(prompt, completion)
         if isinstance(prompt, str):
             if not self.as_messages:
                 return self._plain(prompt, completion, "completion")

@@ -10,13 +10,13 @@ _ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 class Sample(NamedTuple):
     """A completion, what asked for it, and what is right.
 
-    prompt: as the record has it, a text or messages. completion: without special
-    tokens. answer: of the record, None where it has none. record: all its columns.
-    num_tokens: of the completion, its end of turn included. finished: it ended by
-    itself, before max_new_tokens.
+    prompt: a text; of messages, what the last one says. completion: without special
+    tokens. answer: of the record, None where it has none. record: all of it, messages
+    of the prompt included. num_tokens: of the completion, its end of turn included.
+    finished: it ended by itself, before max_new_tokens.
     """
 
-    prompt: str | list[dict[str, Any]]
+    prompt: str
     completion: str
     answer: str | None
     record: Mapping[str, Any]

@@ -153,6 +153,15 @@ class SFTConfig(LoopConfig):
             )
 
 
+def check_seed(sampling: SamplingConfig) -> None:
+    """Raises ValueError for a seed of its own: a run's is that of its samples too."""
+    if sampling.seed:
+        raise ValueError(
+            f"sampling.seed={sampling.seed} is for infer.py; a run draws with its own: "
+            f"set seed={sampling.seed} instead"
+        )
+
+
 class Setup(NamedTuple):
     """All that a trainer builds its task from: dataclasses, tokenizer and mesh.
 

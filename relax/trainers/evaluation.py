@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from relax.data.records import Records
 from relax.generation.requests import Completion, Request
 from relax.rewards import RewardScorer, Sample
 from relax.trainers.config import Setup
@@ -26,21 +27,30 @@ def pass_at_k(solved: Sequence[int], num_samples: int, k: int) -> float:
     return float(np.mean([1 - math.comb(num_samples - c, k) / wrong for c in solved]))
 
 
-def held_out_prompts(setup: Setup, records: Sequence, count: int) -> list[Prompt]:
+def held_out_prompts(setup: Setup, records: Records, count: int) -> list[Prompt]:
     """Returns the first `count` prompts of held-out records, for completion.
 
-    Raises ValueError where there are none, or one is too long.
+    Raises ValueError where there are none, or one is too long; errors count records
+    from the first of training's.
     """
-    if not len(records):
+    held_out, first = records.validation, len(records.train)
+    if not len(held_out):
         raise ValueError(
             f"trainer.eval_prompts={count}, and the data holds no validation records; "
             "hold some out, or set trainer.eval_prompts=0"
         )
-    count = min(count, len(records))
-    prompts = [make_prompt(records[index], index, setup) for index in range(count)]
-    for index, prompt in enumerate(prompts):
-        check_length(prompt, index, setup, "model.max_position_embeddings")
+    prompts = []
+    for index in range(min(count, len(held_out))):
+        prompt = make_prompt(held_out[index], first + index, setup)
+        check_length(prompt, first + index, setup, "model.max_position_embeddings")
+        prompts.append(prompt)
     return prompts
+
+
+def completion_metrics(setup: Setup) -> tuple[str, ...]:
+    """Returns the names of what `make_completion_evaluation` may find."""
+    counts = sorted({1, setup.trainer.eval_samples})
+    return "val_ended", "val_mean_length", *(f"val_pass@{k}" for k in counts)
 
 
 def make_completion_evaluation(
@@ -48,15 +58,13 @@ def make_completion_evaluation(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     scorer: RewardScorer | None,
-    outcome: int = 0,
 ) -> Callable[..., Evaluation]:
     """Returns params -> how the prompts are completed, `trainer.eval_samples` times.
 
     Metrics: `val_ended`, the share that ended by itself, `val_mean_length` in tokens,
-    and `val_pass@1` and `val_pass@k` for k samples of the prompts that the scorer's
-    reward number `outcome` can judge, if it can judge any; a completion is right where
-    it is at least 1, and not where it fails. The same keys are drawn with at each
-    evaluation.
+    and `val_pass@1` and `val_pass@k` for k samples of the prompts that the scorer's one
+    reward can judge, if it can judge any; a completion is right where it is at least 1,
+    and not where it fails. The same keys are drawn with at each evaluation.
     """
     trainer = setup.trainer
     count = trainer.eval_samples
@@ -86,7 +94,7 @@ def make_completion_evaluation(
                 as_sample(*pair, longest)
                 for pair in zip(rows, completions, strict=True)
             ]
-            solved = _solved(scorer, samples, outcome).reshape(len(prompts), count)
+            solved = _solved(scorer, samples).reshape(len(prompts), count)
             judged = solved[~np.isnan(solved).any(axis=1)].sum(axis=1).astype(int)
             for k in sorted({1, count}) if len(judged) else ():
                 metrics[f"val_pass@{k}"] = pass_at_k(judged, count, k)
@@ -108,15 +116,13 @@ def as_sample(prompt: Prompt, completion: Completion, max_new_tokens: int) -> Sa
     )
 
 
-def _solved(
-    scorer: RewardScorer, samples: Sequence[Sample], outcome: int
-) -> np.ndarray:
+def _solved(scorer: RewardScorer, samples: Sequence[Sample]) -> np.ndarray:
     """Returns 1 for completions that are right, 0 for wrong ones and failures `[N]`.
 
     NaN where there is nothing to judge by.
     """
     scores = scorer.score(samples)
-    values, states = scores.values[:, outcome], scores.states[:, outcome]
+    values, states = scores.values[:, 0], scores.states[:, 0]
     right = np.where(np.isnan(values), np.nan, values >= 1.0)
     return np.where(states == 0, right, 0.0)
 

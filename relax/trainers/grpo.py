@@ -7,58 +7,34 @@ of the parameters that sampled; a step's loss is the same whatever its accumulat
 in TRL); dropout is off, so that what samples is what trains.
 """
 
-import contextlib
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from relax.data.example_batches import rounded
-from relax.data.records import Record
 from relax.data.sources import load_records
-from relax.model.llama import make_llama
-from relax.model.lora import base_of
+from relax.generation.requests import Completion
+from relax.model.config import LlamaConfig
 from relax.optim import make_optimizer, make_schedule
-from relax.policy_losses import row_weights
-from relax.rewards import NEEDS_ANSWER, RewardScorer
-from relax.sharding import make_constrain, shard_batch
-from relax.steps import (
-    MISMATCH,
-    TrainState,
-    make_completion_step,
-    make_policy_loss,
-    make_train_step,
-    policy_summary,
-)
+from relax.rewards import NEEDS_ANSWER, REWARDS, find_reward
+from relax.sampling import SamplingConfig
+from relax.steps import make_policy_loss, make_train_step, policy_summary
 from relax.trainers.common import check_sizes, cost_per_token
 from relax.trainers.config import Setup
-from relax.trainers.evaluation import held_out_prompts, make_completion_evaluation
-from relax.trainers.grpo_config import check_unbiased
-from relax.trainers.loop import Prepared, Task
-from relax.trainers.prompts import Prompt, check_length, make_prompt
-from relax.trainers.reward_journal import RewardJournal
-from relax.trainers.rollout import (
-    Arrays,
-    RolloutMaker,
-    completion_rows,
-    empty_arrays,
-    rollout_metrics,
-    to_arrays,
+from relax.trainers.evaluation import (
+    as_sample,
+    completion_metrics,
+    held_out_prompts,
+    make_completion_evaluation,
 )
+from relax.trainers.grpo_config import GRPOConfig, check_unbiased
+from relax.trainers.loop import Task
+from relax.trainers.policy import MismatchError, Policy, make_scorer
+from relax.trainers.prompts import Prompt, PromptOrder
 from relax.trainers.sampler import Sampler
 
+__all__ = ["MismatchError", "check_together", "inspect", "make_task"]
+
 logger = logging.getLogger(__name__)
-
-
-# Prompts that are looked at before anything starts; others are when they are taken.
-CHECKED = 20_000
-
-
-class MismatchError(ValueError):
-    """Rollout and training give other logprobs to the same tokens."""
 
 
 def make_task(setup: Setup) -> Task:
@@ -66,24 +42,25 @@ def make_task(setup: Setup) -> Task:
 
     Raises ValueError where settings don't fit together, or a prompt is too long.
     """
-    _check(setup)
+    check_sizes(setup)
+    check_together(setup.trainer, setup.model, setup.sampling)
     trainer = setup.trainer
     records = load_records(setup.data)
-    for index in range(min(len(records.train), CHECKED)):
-        _check_answer(_prompt_of(records.train, index, setup), index, trainer.rewards)
+    prompts = PromptOrder(records.train, setup)
+    prompts.check()
+    _check_rewards(prompts.at(0), setup)
     sampler = Sampler(setup)
     sampler.check(setup.sampling)
     if sampler.extra_bytes:
         logger.info(
             "rollouts: unrolled layers take %.1f MB more", sampler.extra_bytes / 1e6
         )
-    policy = _Policy(setup, sampler, records.train)
     evaluate = None
     if trainer.eval_prompts:
-        held_out = held_out_prompts(setup, records.validation, trainer.eval_prompts)
-        evaluate = make_completion_evaluation(
-            setup, sampler, held_out, policy.scorer, trainer.outcome_index
-        )
+        held_out = held_out_prompts(setup, records, trainer.eval_prompts)
+        judge = make_scorer(trainer, [trainer.rewards[trainer.outcome_index]])
+        evaluate = make_completion_evaluation(setup, sampler, held_out, judge)
+    policy = Policy(setup, sampler, prompts)
     options = trainer.policy_options
     loss_fn = make_policy_loss(
         policy.apply,
@@ -105,6 +82,7 @@ def make_task(setup: Setup) -> Task:
         tokens_at=policy.tokens_at,
         evaluate=evaluate,
         rank=lambda m: 1.0 - m["val_pass@1"] if "val_pass@1" in m else None,
+        evaluates=completion_metrics(setup) if evaluate else (),
         schedule=make_schedule(setup.optimizer, trainer.num_steps),
         cost=cost_per_token(setup),
         prepare=policy.prepare,
@@ -125,10 +103,19 @@ def inspect(setup: Setup) -> None:
     )
 
 
-def _check(setup: Setup) -> None:
-    check_sizes(setup)
-    check_unbiased(setup.sampling)
-    trainer, model = setup.trainer, setup.model
+def check_together(
+    trainer: GRPOConfig, model: LlamaConfig, sampling: SamplingConfig
+) -> None:
+    """Raises ValueError where settings don't fit together, before anything is read."""
+    check_unbiased(sampling)
+    for name in trainer.rewards:
+        find_reward(name)
+    if trainer.loss_type == "cispo" and trainer.epsilon_high is None:
+        logger.warning(
+            "trainer.loss_type=cispo caps the ratio itself at trainer.epsilon=%s; its "
+            "paper has trainer.epsilon_high=5.0",
+            trainer.epsilon,
+        )
     for name in ("dropout", "lora_dropout"):
         if value := getattr(model, name):
             raise ValueError(
@@ -147,251 +134,20 @@ def _check(setup: Setup) -> None:
         )
 
 
-class _Policy:
-    """Rollouts of the policy that is trained, as batches of its steps."""
-
-    def __init__(self, setup: Setup, sampler: Sampler, records: Sequence[Record]):
-        import grain  # 0.7 s
-
-        trainer = setup.trainer
-        self._setup, self._trainer = setup, trainer
-        self.num_ids = min(setup.model.vocab_size, setup.tokenizer.vocab_size)
-        self.apply = make_llama(setup.model, make_constrain(setup.mesh)).apply
-        self._open = contextlib.ExitStack()
-        self.scorer = RewardScorer(
-            trainer.rewards,
-            trainer.reward_weights,
-            processes=trainer.reward_processes,
-            time_limit_seconds=trainer.reward_seconds,
-        )
-        self._open.enter_context(self.scorer)
-        self._journal = RewardJournal(setup.folder, trainer.rewards)
-        self._open.callback(self._journal.close)
-        truncates = _truncates(setup)
-        self._support = setup.model.padded_vocab_size // 8 if truncates else 0
-        order = grain.MapDataset.range(len(records)).seed(setup.seed).shuffle().repeat()
-        self._maker = RolloutMaker(
-            setup,
-            sampler,
-            self.scorer,
-            self._journal,
-            lambda number: _prompt_of(records, order[number], setup),
-            truncates,
-        )
-        self._logprobs = self._completion_step(self.apply)
-        self._reference = None
-        if trainer.reference == "base":
-            base, _ = base_of(setup.model, {})
-            apply = make_llama(base, make_constrain(setup.mesh)).apply
-            self._reference = self._completion_step(apply)
-        elif trainer.reference != "none":
-            self._reference = self._logprobs
-        self._rollout: Arrays | None = None
-        self._consumed = 0
-
-    def _completion_step(self, apply):
-        return make_completion_step(
-            apply,
-            self.num_ids,
-            temperature=self._setup.sampling.temperature,
-            max_logits=self._trainer.max_logits,
-        )
-
-    def extra(self, params) -> dict[str, Any]:
-        """Returns what the train state keeps: a reference, a rollout in use."""
-        kept: dict[str, Any] = {}
-        if self._trainer.reference in ("frozen", "synced"):
-            kept["reference"] = jax.tree.map(jnp.copy, params)
-        if self._trainer.steps_per_rollout > 1:
-            kept["rollout"] = jax.tree.map(jnp.asarray, self._empty())
-        return kept
-
-    def progress(self) -> dict[str, Any]:
-        """Returns how many prompts were taken."""
-        return {"prompts_consumed": self._consumed}
-
-    def saved(self) -> None:
-        """Forgets the rewards that the checkpoint before this one has made useless."""
-        self._journal.rotate()
-
-    def restore(self, progress: Mapping[str, Any]) -> None:
-        """Goes on after the prompts that were taken."""
-        self._consumed = progress["prompts_consumed"]
-
-    def close(self) -> None:
-        """Ends the processes that reward, and closes the journal."""
-        self._open.close()
-
-    def prepare(self, state: TrainState, step: int) -> Prepared:
-        """Returns the state with what the step needs: a rollout, if that's used up."""
-        state = self._synced(state, step)
-        if step % self._trainer.steps_per_rollout:
-            if self._rollout is None:
-                self._rollout = jax.device_get(state.extra["rollout"])
-            return Prepared(state, {}, [])
-        trainer = self._trainer
-        jax.block_until_ready(state.params)  # so that the times are those of rollouts
-        groups, counts = self._maker.make(state.params, self._consumed)
-        arrays, advantages = to_arrays(groups, self._setup, self._support)
-        self._consumed += counts.consumed
-        if trainer.steps_per_rollout > 1:
-            arrays["old_logprobs"] = self._completion_logprobs(
-                self._logprobs, state.params, arrays
+def _check_rewards(prompt: Prompt, setup: Setup) -> None:
+    """Raises ValueError where a reward of ours can't judge what the data asks."""
+    for name in setup.trainer.rewards:
+        if name in NEEDS_ANSWER and prompt.answer is None:
+            raise ValueError(
+                f"trainer.rewards has {name}, which compares with an answer, and a "
+                f"record of the data has none, but {', '.join(prompt.record)}; give "
+                "each an answer, or choose other rewards"
             )
-        if self._reference is not None:
-            arrays["ref_logprobs"] = self._completion_logprobs(
-                self._reference, self._reference_params(state), arrays
-            )
-        self._rollout = arrays
-        if trainer.steps_per_rollout > 1:
-            kept = self._placed_like(state.extra["rollout"], arrays)
-            state = state._replace(extra={**state.extra, "rollout": kept})
-        every = trainer.log_completions_every
-        due = every and (step // trainer.steps_per_rollout) % every == 0
-        rows = completion_rows(groups, advantages, trainer.rewards) if due else []
-        metrics = rollout_metrics(groups, advantages, counts, self._setup)
-        return Prepared(state, metrics, rows)
-
-    def batch_at(self, step: int) -> Arrays:
-        """Returns the part of the rollout that a step trains on, cut to its length."""
-        trainer, rollout = self._trainer, self._rollout
-        part = step % trainer.steps_per_rollout % trainer.steps_per_generation
-        size = trainer.batch_size
-        rows = self._order(step)[part * size : (part + 1) * size]
-        batch = {name: array[rows] for name, array in rollout.items()}
-        tokens_in_loss = float(rollout["loss_mask"].sum())
-        batch["row_weights"] = row_weights(
-            trainer.loss_type,
-            batch["loss_mask"].sum(axis=1),
-            max_new_tokens=self._setup.sampling.max_new_tokens,
-            num_tokens=tokens_in_loss / trainer.steps_per_generation,
-        )
-        return _cut(batch)
-
-    def tokens_at(self, step: int) -> int:
-        """Returns how many tokens of prompts and completions a step trains on."""
-        batch = self.batch_at(step)
-        return int(batch["prompt_lengths"].sum() + batch["completion_mask"].sum())
-
-    def conclude(self, step: int, row: Mapping[str, float]) -> dict[str, float]:
-        """Returns what training took of a step, apart from its rollout.
-
-        Raises MismatchError where `trainer.strict` asks for it.
-        """
-        trainer = self._trainer
-        for name in ("mean", "max"):
-            value = row[f"{MISMATCH}/{name}"]
-            bound = getattr(trainer, f"mismatch_{name}")
-            if trainer.strict and not value <= bound:
-                raise MismatchError(
-                    f"step {step}: {MISMATCH}/{name}={value:.3g} is above "
-                    f"trainer.mismatch_{name}={bound:.3g}: rollout and training "
-                    "disagree; compute in float32, raise the bound, or set "
-                    "trainer.strict=false"
-                )
-        rollout = row.get("rollout/time", 0.0) + row.get("rollout/reward_time", 0.0)
-        seconds = row["step_time"] - rollout
-        rate = self.tokens_at(step - 1) / seconds
-        return {"train/time": seconds, "train/tokens_per_second": rate}
-
-    def _synced(self, state: TrainState, step: int) -> TrainState:
-        """Moves a synced reference towards the policy where that is due."""
-        trainer = self._trainer
-        if trainer.reference != "synced" or not step or step % trainer.ref_sync_steps:
-            return state
-        mixed = _mix(state.params, state.extra["reference"], trainer.ref_mixup)
-        return state._replace(extra={**state.extra, "reference": mixed})
-
-    def _reference_params(self, state: TrainState):
-        if self._trainer.reference == "base":
-            return base_of(self._setup.model, state.params)[1]
-        return state.extra["reference"]
-
-    def _completion_logprobs(self, step, params, arrays: Arrays) -> np.ndarray:
-        """Returns the logprobs of a rollout's completions, as many rows as in training.
-
-        At its full width, `[N, C]`; beyond the completions they are 0.
-        """
-        out = np.zeros_like(arrays["rollout_logprobs"])
-        names = ("tokens", "prompt_lengths", "completions", "support")
-        names = [name for name in names if name in arrays]
-        size = self._trainer.batch_size // self._trainer.accumulation
-        masked = {name: arrays[name] for name in (*names, "completion_mask")}
-        for start in range(0, len(out), size):
-            part = _cut({n: a[start : start + size] for n, a in masked.items()})
-            mask = part.pop("completion_mask")
-            logprobs = step(params, shard_batch(self._setup.mesh, part))
-            known = np.where(mask > 0, jax.device_get(logprobs), 0.0)
-            out[start : start + size, : known.shape[1]] = known
-        return out
-
-    def _order(self, step: int) -> np.ndarray:
-        """Returns the order in which a rollout's rows are dealt out to its steps."""
-        trainer = self._trainer
-        rows = np.arange(trainer.rows_per_rollout)
-        if trainer.steps_per_generation == 1:
-            return rows
-        number = step // trainer.steps_per_rollout
-        return np.random.default_rng((self._setup.seed, number)).permutation(rows)
-
-    def _empty(self) -> Arrays:
-        trainer = self._trainer
-        arrays = empty_arrays(
-            trainer.rows_per_rollout,
-            trainer.context,
-            self._setup.sampling.max_new_tokens,
-            self._support,
-        )
-        arrays["old_logprobs"] = np.zeros_like(arrays["rollout_logprobs"])
-        if self._reference is not None:
-            arrays["ref_logprobs"] = np.zeros_like(arrays["rollout_logprobs"])
-        return arrays
-
-    def _placed_like(self, before, arrays: Arrays):
-        return jax.tree.map(
-            lambda old, new: jax.device_put(new, old.sharding), before, arrays
-        )
-
-
-def _prompt_of(records: Sequence[Record], index: int, setup: Setup) -> Prompt:
-    prompt = make_prompt(records[index], index, setup)
-    check_length(prompt, index, setup)
-    return prompt
-
-
-def _check_answer(prompt: Prompt, index: int, rewards: Sequence[str]) -> None:
-    needing = [name for name in rewards if name in NEEDS_ANSWER]
-    if needing and prompt.answer is None:
-        raise ValueError(
-            f"trainer.rewards has {needing[0]}, which compares with an answer, and "
-            f"record {index} of the data has none, but {', '.join(prompt.record)}; "
-            "give each an answer, or choose other rewards"
-        )
-
-
-@jax.jit
-def _mix(policy, reference, mixup):
-    """Returns mixup·policy + (1 - mixup)·reference, as TRL's `SyncRefModelCallback`."""
-    return jax.tree.map(lambda p, r: mixup * p + (1.0 - mixup) * r, policy, reference)
-
-
-def _truncates(setup: Setup) -> bool:
-    """Whether tokens are drawn from less than the whole softmax."""
-    sampling = setup.sampling
-    return bool(
-        sampling.top_k or sampling.top_p < 1 or sampling.min_p or sampling.typical_p < 1
-    )
-
-
-def _cut(batch: Arrays) -> Arrays:
-    """Returns a batch without the columns that none of its rows uses."""
-    completions = batch["completion_mask"].sum(axis=1)
-    whole = rounded(int((batch["prompt_lengths"] + completions).max()))
-    longest = rounded(int(completions.max()))
-
-    def cut(name: str, array: np.ndarray) -> np.ndarray:
-        if array.ndim == 1:
-            return array
-        return array[:, : whole if name == "tokens" else longest]
-
-    return {name: cut(name, array) for name, array in batch.items()}
+        if name in REWARDS:
+            try:
+                REWARDS[name](as_sample(prompt, Completion(), 1))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"trainer.rewards has {name}, which can't judge what the data "
+                    f"asks, {prompt.text[:60]!r}: {error}; choose other rewards"
+                ) from error

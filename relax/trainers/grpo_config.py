@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from relax.advantages import SCALE_REWARDS
 from relax.policy_losses import PolicyOptions
 from relax.sampling import SamplingConfig
-from relax.trainers.config import LoopConfig
+from relax.trainers.config import LoopConfig, check_seed
 
 REFERENCES = ("none", "frozen", "base", "synced")
 # Sampling options under which a token is not drawn from the softmax that is trained.
@@ -36,7 +36,8 @@ class GRPOConfig(LoopConfig):
 
     batch_size: completions per optimizer step. num_generations: G, completions of a
     prompt. steps_per_generation: steps that share a rollout, each with its own part of
-    it; num_iterations: how often all parts are used. rewards: names of
+    it; num_iterations: how often all parts are used. rollout_rows: completions that are
+    sampled at a time, null: all, which takes a cache for each. rewards: names of
     `relax.rewards.REWARDS` or `module:function`; reward_weights: [] is 1 each.
     outcome_reward: the one that says what is solved (null: the first), by which
     evaluation and dynamic sampling judge. reward_processes: 0 is this process;
@@ -55,6 +56,7 @@ class GRPOConfig(LoopConfig):
     num_generations: int
     steps_per_generation: int
     num_iterations: int
+    rollout_rows: int | None
     rewards: tuple[str, ...]
     reward_weights: tuple[float, ...]
     outcome_reward: str | None
@@ -141,6 +143,8 @@ class GRPOConfig(LoopConfig):
             self._require(name, 0)
         if not 0.0 <= self.ref_mixup <= 1.0:
             raise ValueError(f"trainer.ref_mixup={self.ref_mixup} must lie in [0, 1]")
+        if self.rollout_rows is not None:
+            self._require("rollout_rows", 1)
         if self.steps_per_dispatch != 1:
             raise ValueError(
                 f"trainer.steps_per_dispatch={self.steps_per_dispatch} must be 1 in "
@@ -183,6 +187,7 @@ def check_unbiased(sampling: SamplingConfig) -> None:
 
     Temperature and truncation (top_k, top_p, min_p, typical_p) are known to the loss.
     """
+    check_seed(sampling)
     if sampling.temperature == 0:
         raise ValueError(
             "sampling.temperature=0 makes all completions of a prompt alike; set "

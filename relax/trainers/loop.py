@@ -60,7 +60,8 @@ class Task:
     processes. schedule: step -> learning rate. cost: FLOPs per token, and the peak
     FLOP/s of all devices or None.
 
-    evaluate: params -> Evaluation, or None where there is nothing to evaluate on. rank:
+    evaluate: params -> Evaluation, or None where there is nothing to evaluate on;
+    evaluates: the names of the metrics that it may give. rank:
     its metrics -> what the best checkpoint has least of, or None. prepare: `(state,
     step) -> Prepared`, before the step. conclude: `(step, metrics) -> more metrics`; it
     raises where these say that the run must not go on. extra: params -> what the train
@@ -75,6 +76,7 @@ class Task:
     schedule: Callable[[int], Any]
     cost: tuple[float, float | None]
     evaluate: Callable[[Any], Evaluation] | None = None
+    evaluates: tuple[str, ...] = ()
     rank: Callable[[Mapping[str, float]], float | None] = lambda m: m.get("val_loss")
     prepare: Callable[[TrainState, int], Prepared] | None = None
     conclude: Callable[[int, Mapping[str, float]], dict[str, float]] = (
@@ -215,6 +217,7 @@ class Loop:
         metrics: dict[str, float] = {}
         if self._task.evaluate and (last or _due(step, config.eval_every)):
             metrics = self._evaluate(step, state)
+            self._is_reached = self._reaches(metrics)
         self._save(step, state, metrics)
         if self._stop_signal is not None and not last:
             self._checkpoints.wait()
@@ -223,8 +226,6 @@ class Loop:
                 f"{name}: saved step {step}; go on with resume={self._folder}",
                 self._stop_signal,
             )
-        if metrics and config.stop_metric is not None and not last:
-            self._is_reached = self._reaches(metrics)
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """Evaluates, logs what was found and returns the metrics."""
@@ -237,7 +238,11 @@ class Loop:
 
     def _save(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
         rank = self._task.rank(metrics)
-        progress = {"num_tokens": self._num_tokens, **self._task.progress()}
+        progress = {
+            "num_tokens": self._num_tokens,
+            "reached": self._is_reached,
+            **self._task.progress(),
+        }
         path = self._checkpoints.save(
             step,
             state,
@@ -251,11 +256,10 @@ class Loop:
     def _reaches(self, metrics: dict[str, float]) -> bool:
         """Returns whether the run may end here, as `stop_metric` says."""
         name, goal = self._config.stop_metric, self._config.stop_value
-        if name not in metrics:
-            raise ValueError(
-                f"trainer.stop_metric={name} is none of what an evaluation gives: "
-                f"{', '.join(metrics)}"
-            )
+        if name is None:
+            return False
+        if name not in metrics:  # what was asked for couldn't be judged
+            return False
         value = metrics[name]
         reached = value <= goal if name.endswith("loss") else value >= goal
         if reached:

@@ -53,6 +53,7 @@ def make_task(setup: Setup) -> Task:
         batch_at=batches.__getitem__,
         tokens_at=lambda step: tokens,
         evaluate=_make_evaluate(setup, loss_fn, corpus, _make_sample(setup, apply)),
+        evaluates=("val_loss", "val_bits_per_byte", "val_accuracy"),
         schedule=make_schedule(setup.optimizer, trainer.num_steps),
         cost=cost_per_token(setup),
     )

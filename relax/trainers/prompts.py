@@ -1,10 +1,17 @@
 """Prompts of records: as ids, as text, and in the order that training takes them."""
 
+import logging
+import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from relax.data.records import Record
 from relax.text.chat import TEMPLATES, ChatTemplate
 from relax.trainers.config import Setup
+
+logger = logging.getLogger(__name__)
+
+CHECKED, CHECK_SECONDS = 20_000, 10.0
 
 
 class Prompt(NamedTuple):
@@ -23,7 +30,7 @@ def make_prompt(record: Record, index: int, setup: Setup) -> Prompt:
     message where `data.template` is given. Raises ValueError naming the record.
     """
     asked = _asked(record, index)
-    answer = record.get("answer", _text(record.get("completion")))
+    answer = _text(record.get("answer", record.get("completion")))
     chat = asked
     if isinstance(asked, str):
         if setup.data.template is None:
@@ -56,6 +63,48 @@ def check_length(
         )
 
 
+class PromptOrder:
+    """The prompts of training, numbered as they are taken; each epoch is shuffled."""
+
+    def __init__(self, records: Sequence[Record], setup: Setup):
+        import grain  # 0.7 s
+
+        self._records, self._setup = records, setup
+        order = grain.MapDataset.range(len(records)).seed(setup.seed).shuffle()
+        self._order = order.repeat()
+        self._left_out = 0
+
+    def at(self, number: int) -> Prompt | None:
+        """Returns a prompt, None for one that doesn't fit, which is left out."""
+        index = self._order[number]
+        prompt = make_prompt(self._records[index], index, self._setup)
+        try:
+            check_length(prompt, index, self._setup)
+        except ValueError as error:
+            self._left_out += 1
+            logger.warning("left out (%d so far): %s", self._left_out, error)
+            return None
+        return prompt
+
+    def check(self) -> None:
+        """Raises ValueError where one of the first prompts doesn't fit.
+
+        Of as many as CHECKED, as far as CHECK_SECONDS go; later ones are left out.
+        """
+        ends_at = time.monotonic() + CHECK_SECONDS
+        for number in range(min(len(self._records), CHECKED)):
+            index = self._order[number]
+            prompt = make_prompt(self._records[index], index, self._setup)
+            check_length(prompt, index, self._setup)
+            if time.monotonic() > ends_at:
+                return
+
+
+def asks(record: Record) -> bool:
+    """Whether a record holds something to be answered."""
+    return "prompt" in record or "messages" in record
+
+
 def _asked(record: Record, index: int) -> str | list:
     if "prompt" in record:
         return record["prompt"]
@@ -73,7 +122,9 @@ def _asked(record: Record, index: int) -> str | list:
 
 
 def _text(content: Any) -> Any:
-    """Returns a text as it is, and of messages what the last one says."""
+    """Returns a text as it is, a number as one, of messages what the last one says."""
+    if isinstance(content, int | float):
+        return str(content)
     return content[-1]["content"] if isinstance(content, list) else content
 
 

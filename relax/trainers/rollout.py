@@ -19,6 +19,8 @@ from relax.trainers.sampler import Sampler
 
 Arrays = dict[str, np.ndarray]
 
+LEFT_OUT_AT_MOST = 10_000  # prompts one after another that don't fit
+
 
 class Group(NamedTuple):
     """A prompt's completions and their rewards, `[G, rewards]` and in total `[G]`."""
@@ -64,10 +66,10 @@ class RolloutMaker:
         sampler: Sampler,
         scorer: RewardScorer,
         journal: RewardJournal,
-        prompt_at: Callable[[int], Prompt],
+        prompt_at: Callable[[int], Prompt | None],
         keep_support: bool,
     ):
-        """`prompt_at`: from a prompt's number to the prompt."""
+        """`prompt_at`: from a prompt's number to the prompt, None for one left out."""
         self._trainer = setup.trainer
         self._sampling = replace(setup.sampling, seed=setup.seed)
         self._sampler, self._scorer, self._journal = sampler, scorer, journal
@@ -105,10 +107,11 @@ class RolloutMaker:
     ) -> list[Group]:
         """Returns the groups of `count` prompts, sampled and rewarded at once."""
         G = self._trainer.num_generations
-        prompts = [self._prompt_at(first + index) for index in range(count)]
+        numbered, consumed = self._take(first, count)
+        prompts = list(numbered.values())
         requests = [
-            Request(prompt.ids, (first + index) % 2**31, sample)
-            for index, prompt in enumerate(prompts)
+            Request(prompt.ids, number % 2**31, sample)
+            for number, prompt in numbered.items()
             for sample in range(G)
         ]
         started = time.perf_counter()
@@ -116,7 +119,7 @@ class RolloutMaker:
             params,
             requests,
             self._sampling,
-            self._trainer.rows_per_rollout,
+            self._trainer.rollout_rows or self._trainer.rows_per_rollout,
             capacity=self._trainer.context,
             keep_support=self._keep_support,
         )
@@ -125,7 +128,7 @@ class RolloutMaker:
         values, totals = self._rewards(rows, requests, completions, counts)
         counts.reward_seconds += time.perf_counter() - sampled
         counts.sampling_seconds += sampled - started
-        counts.consumed += count
+        counts.consumed += consumed
         counts.groups += count
         counts.new_tokens += sum(len(c.token_ids) for c in completions)
         return [
@@ -133,6 +136,23 @@ class RolloutMaker:
             for index, prompt in enumerate(prompts)
             if (part := slice(index * G, (index + 1) * G))
         ]
+
+    def _take(self, first: int, count: int) -> tuple[dict[int, Prompt], int]:
+        """Returns the next prompts that fit, by number, and how many were taken."""
+        prompts: dict[int, Prompt] = {}
+        number = first
+        while len(prompts) < count:
+            prompt = self._prompt_at(number)
+            if prompt is not None:
+                prompts[number] = prompt
+            elif number - first > LEFT_OUT_AT_MOST + len(prompts):
+                raise ValueError(
+                    f"{LEFT_OUT_AT_MOST} prompts didn't fit trainer.context="
+                    f"{self._trainer.context}; raise it, or lower "
+                    "sampling.max_new_tokens"
+                )
+            number += 1
+        return prompts, number - first
 
     def _rewards(self, prompts, requests, completions, counts: Counts):
         """Returns rewards `[N, rewards]` and `[N]`, those known already not again."""
@@ -145,6 +165,7 @@ class RolloutMaker:
                 todo.append(index)
             else:
                 values[index], states[index] = known
+                self._journal.put(*pair, known)  # the next checkpoint may fail too
         longest = self._sampling.max_new_tokens
         samples = [as_sample(prompts[i], completions[i], longest) for i in todo]
 

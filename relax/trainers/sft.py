@@ -17,9 +17,14 @@ from relax.sharding import make_constrain
 from relax.steps import make_language_model_loss, make_train_step
 from relax.text.chat import TEMPLATES
 from relax.trainers.common import check_sizes, cost_per_token, make_validation
-from relax.trainers.config import Setup
-from relax.trainers.evaluation import held_out_prompts, make_completion_evaluation
+from relax.trainers.config import Setup, check_seed
+from relax.trainers.evaluation import (
+    completion_metrics,
+    held_out_prompts,
+    make_completion_evaluation,
+)
 from relax.trainers.loop import Evaluation, Task
+from relax.trainers.prompts import asks
 from relax.trainers.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,7 @@ def make_task(setup: Setup) -> Task:
     Raises ValueError where sizes don't fit, or the records can't be trained on.
     """
     check_sizes(setup)
+    check_seed(setup.sampling)
     trainer, model = setup.trainer, setup.model
     records = load_records(setup.data)
     complete = _make_completion(setup, records)
@@ -57,6 +63,7 @@ def make_task(setup: Setup) -> Task:
         batch_at=batches.__getitem__,
         tokens_at=batches.tokens_at,
         evaluate=_make_evaluate(setup, records, loss_fn, complete),
+        evaluates=("val_loss", "val_accuracy", *completion_metrics(setup)),
         schedule=make_schedule(setup.optimizer, trainer.num_steps),
         cost=cost_per_token(setup),
     )
@@ -82,7 +89,7 @@ def _training_batches(setup: Setup, records: Records) -> ExampleBatches:
         trim=trainer.steps_per_dispatch == 1,  # those of a dispatch are as long
     )
     logger.info(
-        "data: %d records from %s in %d rows of %d, %.1f%% padding",
+        "data: %d records from %s in %d rows of up to %d, %.1f%% padding",
         len(records.train),
         records.source,
         batches.rows_per_epoch,
@@ -116,9 +123,12 @@ def _encode(setup: Setup, records, first_index: int = 0) -> Examples:
 def _make_completion(setup: Setup, records: Records):
     """Returns params -> Evaluation of completions; of nothing where none is asked."""
     trainer = setup.trainer
-    if not trainer.eval_prompts:
+    texts = len(records.validation) and not asks(records.validation[0])
+    if texts and trainer.eval_prompts:
+        logger.info("data: plain texts ask nothing, so no prompts are completed")
+    if texts or not trainer.eval_prompts:
         return lambda params: Evaluation({})
-    prompts = held_out_prompts(setup, records.validation, trainer.eval_prompts)
+    prompts = held_out_prompts(setup, records, trainer.eval_prompts)
     scorer = None
     if trainer.eval_reward is not None:
         find_reward(trainer.eval_reward, "trainer.eval_reward")
@@ -143,6 +153,7 @@ def _make_evaluate(setup: Setup, records: Records, loss_fn, complete):
             packing=setup.data.packing,
         )
 
+    batches()  # raises where no record has a target
     validate = make_validation(setup, loss_fn, batches)
 
     def evaluate(params) -> Evaluation:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from relax.data import example_batches as module
 from relax.data.example_batches import ExampleBatches, validation_examples
 from relax.data.examples import Examples
 from relax.model.llama import make_llama
@@ -135,6 +136,35 @@ def test_the_share_of_padding():
     assert packed.padding_share == 0
     looser = make_batches(examples, context=7, packing=True)
     assert looser.padding_share == pytest.approx(3 / 14)
+
+
+@pytest.mark.parametrize(
+    ("context", "size", "places"),
+    [
+        # Rows of 3, 7 and 40 tokens, in 16, 16 and 48 places.
+        (64, 1, 16 + 16 + 48),
+        (64, 3, 3 * 48),
+        # Rounded up, the longest would be wider than the context.
+        (37, 1, 16 + 16 + 37),
+    ],
+)
+def test_the_share_of_padding_is_that_of_trimmed_batches(context, size, places):
+    examples = examples_of([np.arange(1, n + 2) for n in (3, 7, 40)])
+    batches = make_batches(examples, context=context, batch_size=size, trim=True)
+    share = 1 - (3 + 7 + min(40, context)) / places
+    assert batches.padding_share == pytest.approx(share)
+    made = [batches[step]["tokens"] for step in range(3 // size)]
+    empty = sum(np.count_nonzero(tokens == 0) for tokens in made)
+    assert empty / sum(tokens.size for tokens in made) == pytest.approx(share)
+
+
+def test_the_share_of_padding_of_a_long_epoch_is_that_of_its_begin(monkeypatch):
+    monkeypatch.setattr(module, "_SURVEYED_ROWS", 3)
+    batches = make_batches(batch_size=2, context=23, trim=True)
+    made = [batches[step]["tokens"] for step in range(2)]
+    assert {tokens.shape for tokens in made} == {(2, 16)}
+    used = batches.tokens_at(0) + batches.tokens_at(1)
+    assert batches.padding_share == pytest.approx(1 - used / 64)
 
 
 def test_trimmed_rows_are_as_long_as_the_longest_asks_for():

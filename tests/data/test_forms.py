@@ -146,6 +146,13 @@ def test_alpaca_with_a_template_is_a_conversation():
             "from 'cat', not",
         ),
         ({"prompt": None}, "auto", "its prompt is null"),
+        ({"prompt": 3}, "auto", "prompt is neither a text nor messages"),
+        (
+            {"prompt": "Hi", "completion": 3},
+            "auto",
+            "completion is neither a text nor messages",
+        ),
+        ({"prompt": ["Hi"]}, "auto", r"prompt\[0\] is no object with a role"),
         (ALPACA | {"history": [["a", "b"]]}, "auto", r"history .* set data\.template"),
         (ALPACA | {"output": 3}, "auto", "output is no text but a int"),
     ],

@@ -33,7 +33,7 @@ def shown(batch, tokenizer, count=1, **console):
 DOCUMENTS = [[256, *b"Hi\x1b", 257], [*b"[b]\n", 259, *"é".encode()]]
 WEIGHTS = [[0, 0, 0, 0.5, 1], [0, 0, 1, 1, 1, 0, 0]]
 ROW = """\
-==== row 0: 12 tokens, 5 in the loss, 2 documents, 2 padding ====
+==== row 0: 12 tokens, 5 in the loss, 2 documents, 2 padding of 14 places ====
 ---- document 1: 7 tokens, 3 in the loss ----
 [b⟦]↵
 <|im_end|>⟧é
@@ -68,13 +68,13 @@ def test_rows_that_are_not_packed_have_their_last_target(special_bytes):
     documents, weights = [[*b"ab"], [*b"cde"]], [[0, 1], [0, 1, 0]]
     batch = batch_of(documents, weights, context=4, packing=False, batch_size=3)
     assert shown(batch, special_bytes, count=3) == (
-        "==== row 0: 2 tokens, 1 in the loss, 1 document, 3 padding ====\n"
+        "==== row 0: 2 tokens, 1 in the loss, 1 document, 3 padding of 4 places ====\n"
         "---- document 1: 2 tokens, 1 in the loss ----\n"
         "a⟦b⟧\n"
-        "==== row 1: 3 tokens, 1 in the loss, 1 document, 2 padding ====\n"
+        "==== row 1: 3 tokens, 1 in the loss, 1 document, 2 padding of 4 places ====\n"
         "---- document 1: 3 tokens, 1 in the loss ----\n"
         "c⟦d⟧e\n"
-        "==== row 2: 0 tokens, 0 in the loss, 0 documents, 4 padding ====\n"
+        "==== row 2: 0 tokens, 0 in the loss, 0 documents, 4 padding of 4 places ====\n"
     )
     assert shown(batch, special_bytes, count=1).count("row") == 1
 
@@ -89,5 +89,5 @@ def test_a_packed_row_that_is_full_has_its_last_target_too(special_bytes):
 @pytest.mark.parametrize(("packing", "padding"), [(True, 3), (False, 4)])
 def test_token_zero_may_be_real(special_bytes, packing, padding):
     batch = batch_of([[97, 0]], [[0, 1]], context=5, packing=packing)
-    assert f"1 document, {padding} padding" in shown(batch, special_bytes)
+    assert f"1 document, {padding} padding of 5 places" in shown(batch, special_bytes)
     assert shown(batch, special_bytes).endswith("a⟦\\x00⟧\n")

@@ -52,9 +52,57 @@ def test_columns_are_named(tmp_path):
         {**rows[0], "prompt": "1+1? Answer:", "answer": "2", "completion": "1+1 is 2"}
     ]
     assert records.validation == [
-        {**rows[1], "prompt": messages, "answer": "four", "completion": "so"}
+        {
+            **rows[1],
+            "prompt": messages,
+            "answer": "four",
+            "completion": [{"role": "assistant", "content": "so"}],
+        }
     ]
     assert records.source == str(tmp_path / "mine.jsonl")
+
+
+USER = {"role": "user", "content": "1+1?"}
+REPLY = {"role": "assistant", "content": "2"}
+ALIKE = [
+    ("1+1?", 2, "1+1?", "2"),
+    ("1+1?", [REPLY], [USER], [REPLY]),
+    ([USER], "2", [USER], [REPLY]),
+    ([USER], 2, [USER], [REPLY]),
+    ([USER], [REPLY], [USER], [REPLY]),
+]
+
+
+def with_completions(tmp_path, *rows):
+    rows = [{"prompt": p, "why": why} for p, why in rows]
+    path = write(tmp_path / "a.jsonl", rows)
+    changes = {"answer_field": None, "completion_field": "why"}
+    changes["validation_fraction"] = 0.0
+    return load_prompts(config_of("prompts", path=path, **changes)).train
+
+
+def test_prompts_and_completions_are_both_texts_or_both_messages(tmp_path):
+    records = with_completions(tmp_path, *[row[:2] for row in ALIKE])
+    for record, (_, why, prompt, completion) in zip(records, ALIKE, strict=True):
+        assert record == {"prompt": prompt, "completion": completion, "why": why}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "message"),
+    [
+        (
+            "x",
+            True,
+            r"=why holds true, neither a text nor a number; write it as a text",
+        ),
+        ("x", {"a": 1}, r'=why holds \{"a": 1\}, neither a text nor a number'),
+        ("x", ["2"], r"=why\[0\] is no object with a role and a content"),
+        ([USER], [], r"=why is neither a text nor messages"),
+    ],
+)
+def test_a_bad_completion_is_named(tmp_path, prompt, completion, message):
+    with pytest.raises(ValueError, match=rf"record 1: data\.completion_field{message}"):
+        with_completions(tmp_path, ("x", "2"), (prompt, completion))
 
 
 def test_answers_may_be_missing_where_none_is_asked_for(tmp_path):
@@ -81,8 +129,19 @@ def test_validation_from_its_own_file(tmp_path):
             r"record 1: data\.answer_field=answer is not",
         ),
         ({"prompt": 3, "answer": 1}, r"record 1: .*prompt is neither a text nor mess"),
-        ({"prompt": "x", "answer": [1]}, r"record 1: the answer \[1\] is neither a"),
-        ({"prompt": "x", "answer": True}, r"record 1: the answer True is neither a"),
+        ({"prompt": "x", "answer": [1]}, r"=answer holds \[1\], neither a .*as a text"),
+        (
+            {"prompt": "x", "answer": True},
+            r"1: data\.answer_field=answer holds true, n",
+        ),
+        (
+            {"prompt": ["hi"], "answer": 1},
+            r"record 1: data\.prompt_field=prompt\[0\] is no object with a role",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": 3}], "answer": 1},
+            r"record 1: data\.prompt_field=prompt\[0\]\.content is no text but a int",
+        ),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, row, message):

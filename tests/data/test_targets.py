@@ -268,6 +268,18 @@ def test_a_prompt_of_messages_has_the_completion_s_after_it(special_bytes):
     ]
 
 
+def test_a_text_beside_messages_becomes_one(special_bytes):
+    """Whatever data.template is."""
+    for template_is_set in (False, True):
+        encode = encoder(special_bytes, "chatml", as_messages=template_is_set)
+        for prompt, completion in (("Hi", TURNS[1:2]), (TURNS[:1], "Yes")):
+            encoded = encode({"prompt": prompt, "completion": completion})
+            assert parts(special_bytes, encoded) == [
+                (HEADER, 0),
+                (f"Yes{END}\n", 1),
+            ]
+
+
 QUESTION = {"messages": TURNS[:1]}
 CHAT = {"messages": TURNS[:2]}
 ONLY_ASSISTANT = {"messages": TURNS[1:2]}
@@ -289,6 +301,13 @@ TWO_BOS = (
     [
         (None, "auto", CHAT, r"data\.template=null, .*one of chatml, .*\.jinja file"),
         (None, "auto", {"prompt": "a"}, "a prompt and no completion"),
+        (
+            None,
+            "auto",
+            {"prompt": "a", "completion": 7},
+            "completion is neither a text",
+        ),
+        (None, "auto", {"prompt": ["a"], "completion": "b"}, r"prompt\[0\] is no obje"),
         (None, "assistant", {"prompt": "a", "completion": "b"}, r"loss_on=assistant;"),
         (None, "completion", {"text": "a"}, r"no part for data\.loss_on=completion"),
         ("chatml", "auto", QUESTION, "no message of the assistant's"),

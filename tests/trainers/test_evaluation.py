@@ -8,6 +8,7 @@ import pytest
 from relax.config import load_config
 from relax.data.records import RecordsConfig
 from relax.data.sources import SOURCES, load_records
+from relax.data.records import Records
 from relax.generation.requests import Completion
 from relax.rewards import REWARDS, RewardScorer
 from relax.sampling import SamplingConfig
@@ -77,10 +78,15 @@ def test_pass_at_k_by_hand(solved, num_samples, k, expected):
     assert pass_at_k(solved, num_samples, k) == pytest.approx(expected, rel=1e-12)
 
 
+def held_out(records) -> Records:
+    """Returns these as the held-out records after two that are trained on."""
+    return Records([{}, {}], records, "here")
+
+
 def evaluation(texts, reward=REWARDS["exact_match"], ended=True, **fields):
     """Returns the evaluation of the records, and the sampler that completes them."""
     sampler, setup = Sampler(texts, ended), setup_of(**fields)
-    prompts = held_out_prompts(setup, RECORDS, len(texts))
+    prompts = held_out_prompts(setup, held_out(RECORDS), len(texts))
     scorer = None
     if reward is not None:
         scorer = RewardScorer(["exact_match"])
@@ -174,19 +180,19 @@ def test_what_a_reward_is_told():
 
 
 def test_the_first_held_out_records_are_asked_as_far_as_there_are_some():
-    prompts = held_out_prompts(setup_of(), RECORDS, 3)
+    prompts = held_out_prompts(setup_of(), held_out(RECORDS), 3)
     assert [prompt.text for prompt in prompts] == ["1+1=", "2+2=", "3+3="]
-    assert len(held_out_prompts(setup_of(), RECORDS, 99)) == 5
+    assert len(held_out_prompts(setup_of(), held_out(RECORDS), 99)) == 5
 
 
 def test_a_held_out_prompt_may_be_as_long_as_the_model_can_read():
     """What is only completed need not fit in trainer.context."""
     longest, longer = ({"prompt": "1" * count, "answer": "1"} for count in (12, 13))
-    assert len(held_out_prompts(setup_of(), [*RECORDS, longest], 6)) == 6
+    assert len(held_out_prompts(setup_of(), held_out([*RECORDS, longest]), 6)) == 6
     with pytest.raises(ValueError) as raised:
-        held_out_prompts(setup_of(), [*RECORDS, longer], 6)
+        held_out_prompts(setup_of(), held_out([*RECORDS, longer]), 6)
     assert str(raised.value).startswith(
-        "prompt 5 of the data has 13 tokens, and with sampling.max_new_tokens=5 "
+        "prompt 7 of the data has 13 tokens, and with sampling.max_new_tokens=5 "
         "model.max_position_embeddings=17 has room for 1 to 12; "
     )
 
@@ -195,7 +201,7 @@ def test_held_out_prompts_need_records():
     with pytest.raises(
         ValueError, match=r"trainer\.eval_prompts=3, and the data holds"
     ):
-        held_out_prompts(setup_of(), [], 3)
+        held_out_prompts(setup_of(), held_out([]), 3)
 
 
 @pytest.mark.parametrize("kind", ["arithmetic", "countdown"])

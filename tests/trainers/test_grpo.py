@@ -30,7 +30,7 @@ from relax.generation.requests import Completion, Request
 from relax.sharding import MeshConfig, make_mesh
 from relax.steps import MISMATCH, init_state
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
-from relax.trainers import grpo
+from relax.trainers import grpo, policy
 from relax.trainers.config import Setup
 from relax.trainers.prompts import Prompt
 from relax.trainers.rollout import Counts, Group
@@ -97,7 +97,7 @@ VARIED = [[0.0, 1.0, 0.3, 2.0], [1.0, -1.0, 0.1, np.nan]]
 def configs():
     """The defaults of trainer=grpo, with few sums."""
     data = ("data.digits=1", "data.validation_size=7")
-    sizes = ("trainer.num_steps=60", "trainer.eval_prompts=0", "trainer.strict=false")
+    sizes = ("trainer.num_steps=60", "trainer.eval_prompts=0")
     names = ("name=unit", "run_folder=unit")
     config = composed("trainer=grpo", "optimizer.warmup_steps=1", *data, *sizes, *names)
     return training.typed(config)
@@ -110,7 +110,7 @@ def step(configs, monkeypatch, make_config, tmp_path):
     Only its model, its optimizer and its completions are others.
     """
     apply = SimpleNamespace(apply=bigram)
-    monkeypatch.setattr(grpo, "make_llama", lambda *_: apply)
+    monkeypatch.setattr(policy, "make_llama", lambda *_: apply)
     monkeypatch.setattr(grpo, "make_optimizer", lambda *_: SGD)
 
     def run(rewards=VARIED, ended=True, **fields):
@@ -128,7 +128,7 @@ def step(configs, monkeypatch, make_config, tmp_path):
             folder=tmp_path,
         )
         made = groups_of(rewards, ended), Counts(2, 2, 40, 0, 0.5)
-        monkeypatch.setattr(grpo.RolloutMaker, "make", lambda *_: made)
+        monkeypatch.setattr(policy.RolloutMaker, "make", lambda *_: made)
         task = grpo.make_task(setup)
         params = bigram_params()
         prepared = task.prepare(init_state(params, SGD, task.extra(params)), 0)
@@ -453,7 +453,7 @@ def test_killed_in_a_process_of_its_own(work, whole, rewards, asked):
 
 
 def forget_prompts(patch):
-    patch.setattr(grpo._Policy, "restore", lambda self, progress: None)
+    patch.setattr(policy.Policy, "restore", lambda self, progress: None)
 
 
 def forget_rollout(patch):
@@ -497,14 +497,14 @@ def perturb(patch):
 
 def forget_support(patch):
     """Trains as if a token had been drawn among all ids."""
-    original = grpo.to_arrays
+    original = policy.to_arrays
 
     def all_ids(groups, setup, support):
         arrays, advantages = original(groups, setup, support)
         arrays["support"][:] = 255
         return arrays, advantages
 
-    patch.setattr(grpo, "to_arrays", all_ids)
+    patch.setattr(policy, "to_arrays", all_ids)
 
 
 @pytest.mark.slow
@@ -512,7 +512,8 @@ def forget_support(patch):
 def test_a_mismatch_ends_the_run(work, whole, tmp_path, monkeypatch, break_it):
     break_it(monkeypatch)
     with pytest.raises(grpo.MismatchError) as raised:
-        training.start(composed(*RUN, f"run_folder={tmp_path}/run"))
+        places = "trainer.strict=true", f"run_folder={tmp_path}/run"
+        training.start(composed(*RUN, *places))
     assert "trainer.strict=false" in str(raised.value)
     assert str(raised.value).startswith(f"step 1: {MISMATCH}/mean=")
     assert "is above trainer.mismatch_mean=2e-06" in str(raised.value)

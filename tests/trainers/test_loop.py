@@ -75,7 +75,7 @@ class Run:
     def save(self, step, state, metrics, info):
         made = step - self.start
         tokens = made * self.config.batch_size * self.config.context
-        progress = {"num_tokens": tokens}
+        progress = {"num_tokens": tokens, "reached": False}
         assert (state.step, info) == (step, {"model": "tiny", "progress": progress})
         self.events.append(f"save {step}")
         self.saved[step] = metrics

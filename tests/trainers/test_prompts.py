@@ -6,7 +6,8 @@ import pytest
 
 from relax.text.chat import named_template
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
-from relax.trainers.prompts import check_length, make_prompt
+from relax.trainers import grpo
+from relax.trainers.prompts import PromptOrder, check_length, make_prompt
 
 BYTES = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
 USER = {"role": "user", "content": "Hi"}
@@ -95,3 +96,43 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(length):
         "trainer.context=13 has room for 1 to 8; raise trainer.context, lower "
         "sampling.max_new_tokens, or leave the prompt out"
     )
+
+
+def test_an_order_goes_through_all_prompts_before_it_repeats_one():
+    records = [{"prompt": str(number)} for number in range(7)]
+    order = PromptOrder(records, setup_of_order())
+    taken = [order.at(number).text for number in range(14)]
+    assert sorted(taken[:7]) == sorted(taken[7:]) == [str(n) for n in range(7)]
+    assert taken[:7] != taken[7:]
+
+
+def test_a_prompt_that_does_not_fit_is_told_of_before_and_left_out_after(caplog):
+    order = PromptOrder([{"prompt": "1" * 9}], setup_of_order())
+    with pytest.raises(ValueError, match="prompt 0 of the data has 9 tokens, and with"):
+        order.check()
+    assert order.at(0) is None
+    assert "left out (1 so far): prompt 0 of the data has 9 tokens" in caplog.text
+
+
+def setup_of_order():
+    setup = setup_of()
+    setup.seed = 3
+    return setup
+
+
+def test_a_number_is_an_answer_as_a_text():
+    assert make_prompt({"prompt": "1", "answer": 2}, 0, setup_of()).answer == "2"
+
+
+@pytest.mark.parametrize(
+    ("reward", "record", "message"),
+    [
+        ("exact_match", {"prompt": "1"}, "exact_match, which compares with an answer"),
+        ("countdown", {"prompt": "1", "answer": "2"}, "countdown, which can't judge"),
+    ],
+)
+def test_a_reward_that_can_judge_nothing_is_refused(reward, record, message):
+    setup = setup_of()
+    setup.trainer.rewards = (reward,)
+    with pytest.raises(ValueError, match=message):
+        grpo._check_rewards(make_prompt(record, 0, setup), setup)

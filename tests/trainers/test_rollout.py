@@ -127,6 +127,17 @@ def test_a_rollout_is_groups_of_the_next_prompts(maker):
     assert groups[0].values.tolist() == [[0.0]] * 3
 
 
+def test_a_prompt_that_is_left_out_is_passed_over_and_counted(maker):
+    made = maker(Sampler(), setup_of())
+    made._prompt_at = lambda number: None if number == 11 else prompt_at(number)
+    groups, counts = made.make("params", 10)
+    assert numbers_of(groups) == [10, 12, 13]
+    assert (counts.consumed, counts.groups) == (4, 3)
+    made._prompt_at = lambda number: None
+    with pytest.raises(ValueError, match=r"prompts didn't fit trainer\.context"):
+        made.make("params", 10)
+
+
 def test_the_seed_of_a_prompt_is_its_number_as_far_as_there_are_bits(maker):
     groups, _ = maker(Sampler(), setup_of()).make("params", 2**31 - 1)
     assert numbers_of(groups) == [2**31 - 1, 0, 1]
