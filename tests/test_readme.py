@@ -20,7 +20,7 @@ COMMANDS = [
 ]
 # So that each takes seconds; sizes and lengths are not what is shown here.
 SMALL = ["debug=smoke"]
-UNSHOWN = "trainer.sample_tokens=0"
+UNSHOWN = ["trainer.sample_tokens=0", "data.validation_fraction=0.01"]
 
 
 def programs(name: str) -> list[str]:
@@ -44,8 +44,6 @@ def monkeypatch_module():
 def workplace(tmp_path_factory, monkeypatch_module):
     """A folder with what the README's reader has: the programs and some text."""
     folder = tmp_path_factory.mktemp("readme")
-    # Each program runs for less time than it takes to compile.
-    monkeypatch_module.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     cached = Path(os.environ.get("RELAX_DATA_DIR", "")) / "tiktoken_cache"
     if "RELAX_DATA_DIR" in os.environ and cached.is_dir():
         # A copy: tiktoken deletes cached files that it finds damaged.
@@ -73,7 +71,7 @@ def workplace(tmp_path_factory, monkeypatch_module):
     )
     (folder / "notes").mkdir()
     (folder / "notes" / "one.txt").write_text("What is written, is written.\n" * 99)
-    run("python train.py model=tiny data=shakespeare", folder, [*SMALL, UNSHOWN])
+    run("python train.py model=tiny data=shakespeare", folder, [*SMALL, *UNSHOWN])
     return folder
 
 
@@ -96,16 +94,21 @@ def test_the_readme_shows_its_commands():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
-    [c for c in programs("train.py") if "resume" not in c and "--cfg" not in c],
+    [
+        command
+        for command in programs("train.py")
+        # Those of both trainers run as they are written, in test_rl_programs.
+        if not re.search("resume|--cfg|-m trainer=", command)
+    ],
 )
 def test_a_training_command(workplace, command):
     if "tiktoken" in command and "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("neither RELAX_DATA_DIR nor TIKTOKEN_CACHE_DIR is set")
     extra = [] if "debug=smoke" in command else [*SMALL]
     if "trainer=" not in command and "experiment=" not in command:
-        extra.append(UNSHOWN)
+        extra += UNSHOWN
     if "data.inspect=true" in command:
-        assert "40 records" in run(command, workplace, extra)
+        assert "26 tokens, 4 in the loss" in run(command, workplace, extra)
         return
     run(command, workplace, extra)
     runs = list((workplace / "runs").glob("*/*/metrics.jsonl"))
@@ -116,7 +119,7 @@ def test_a_training_command(workplace, command):
 
 @pytest.mark.slow
 def test_the_resume_commands(workplace):
-    small = [*SMALL, UNSHOWN]
+    small = [*SMALL, *UNSHOWN]
     run("python train.py model=tiny data=shakespeare", workplace, small)
     for steps, command in enumerate(c for c in programs("train.py") if "resume" in c):
         extra = [f"trainer.num_steps={3 + steps}", "trainer.eval_every=0"]
@@ -186,7 +189,7 @@ def test_the_notebook_code(workplace, monkeypatch, capsys):
     assert len(names["completion"].token_ids) == 40
     assert len(names["score"].logprobs) == len("To be, or not to be")
     assert names["logits"].shape == (1, 5, 257)
-    assert len(capsys.readouterr().out) > 100
+    assert capsys.readouterr().out
     assert names["seen"]["attn.pattern"].shape == (4, 1, 4, 3, 3)
     assert names["again"].config.vocab_size == 259
     assert names["reply"].finish_reason in ("stop", "length")

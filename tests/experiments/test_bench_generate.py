@@ -68,7 +68,7 @@ def run(kept, monkeypatch, capsys):
     make = generate_sides.random_model
 
     def model_of(fields, seed):
-        key = (*fields.items(), seed)
+        key = repr((*fields.items(), seed))
         if key not in kept:
             kept[key] = make(fields, seed)
         return kept[key]

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from relax.config import load_config
-from relax.data.records import RecordsConfig
+from relax.data.records import Records, RecordsConfig
 from relax.data.sources import SOURCES, load_records
-from relax.data.records import Records
 from relax.generation.requests import Completion
 from relax.rewards import REWARDS, RewardScorer
 from relax.sampling import SamplingConfig
