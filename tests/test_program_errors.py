@@ -484,8 +484,8 @@ GRPO_MISTAKES = {
     ),
     "prompts without answers": (
         ["data=prompts", "data.path={}/texts.jsonl", "data.answer_field=null"],
-        r"trainer\.rewards has exact_match, which compares with an answer, and record "
-        r"0 of the data has none, but prompt; give each an answer, or choose .*",
+        r"trainer\.rewards has exact_match, which compares with an answer, and a "
+        r"record of the data has none, but prompt; give each an answer, or choose .*",
     ),
     "a text": (
         ["data=shakespeare"],

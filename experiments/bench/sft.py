@@ -66,6 +66,7 @@ def compare(config: Mapping[str, Any]) -> tuple[Seconds, Metrics]:
                 f"data.cache_dir={work / 'cache'}",
                 f"seed={config['seed']}",
                 f"trainer.batch_size={config['rows']}",
+                f"trainer.accumulation={config['accumulation']}",
                 f"trainer.context={config['context']}",
                 f"optimizer.learning_rate={config['learning_rate']}",
             ],

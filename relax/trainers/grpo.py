@@ -7,6 +7,7 @@ of the parameters that sampled; a step's loss is the same whatever its accumulat
 in TRL); dropout is off, so that what samples is what trains.
 """
 
+import contextlib
 import logging
 
 import jax
@@ -55,12 +56,14 @@ def make_task(setup: Setup) -> Task:
         logger.info(
             "rollouts: unrolled layers take %.1f MB more", sampler.extra_bytes / 1e6
         )
-    evaluate = None
+    evaluate, opened = None, contextlib.ExitStack()
     if trainer.eval_prompts:
         held_out = held_out_prompts(setup, records, trainer.eval_prompts)
         judge = make_scorer(trainer, [trainer.rewards[trainer.outcome_index]])
+        opened.enter_context(judge)
         evaluate = make_completion_evaluation(setup, sampler, held_out, judge)
     policy = Policy(setup, sampler, prompts)
+    opened.callback(policy.close)
     options = trainer.policy_options
     loss_fn = make_policy_loss(
         policy.apply,
@@ -91,7 +94,7 @@ def make_task(setup: Setup) -> Task:
         progress=policy.progress,
         saved=policy.saved,
         restore=policy.restore,
-        close=policy.close,
+        close=opened.close,
     )
 
 

@@ -56,7 +56,7 @@ def test_a_step_of_grpo_is_timed_on_both_sides(run):
 def test_a_step_of_sft_is_timed_on_both_sides(run):
     import sft
 
-    out = run(sft, "rows=3", "context=16", "characters=200")
+    out = run(sft, "rows=3", "context=16", "characters=200", "accumulation=3")
     assert "3 rows of 16 tokens, 1 threads" in out
     for side in ("relax", "trl"):
         assert re.search(rf"^{side} +[\d.,]+ rows/s +[\d.,]+ ms/step$", out, re.M)
