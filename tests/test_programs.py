@@ -91,8 +91,6 @@ class Workplace:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
         # No one's keys or caches, and one CPU device on any machine.
         self.env = kept | {"HOME": str(folder), "JAX_PLATFORMS": "cpu"}
-        # Each program runs for less time than it takes to compile.
-        self.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
     def train(self, *overrides, **options) -> subprocess.CompletedProcess:
         """Runs train.py on the text; see `run`."""
