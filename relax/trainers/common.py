@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from relax.model.parameters import training_flops_per_token
+from relax.optim import make_optimizer, make_schedule
 from relax.sharding import batch_multiple, shard_batch
-from relax.steps import LossFn, make_eval_step
+from relax.steps import LossFn, make_eval_step, make_train_step
 from relax.tracking.flops import peak_flops
 from relax.trainers.config import Setup
 
@@ -35,6 +36,25 @@ def check_sizes(setup: Setup) -> None:
                 f"trainer.{name}={rows} must be a multiple of mesh.data x mesh.fsdp = "
                 f"{multiple}"
             )
+
+
+def optimisation(setup: Setup, loss_fn: LossFn, **options: Any) -> dict[str, Any]:
+    """Returns the fields of a Task that say how a loss is minimised, and its cost.
+
+    options: of `make_train_step`.
+    """
+    steps = setup.trainer.num_steps
+    return {
+        "train_step": make_train_step(
+            loss_fn,
+            make_optimizer(setup.optimizer, steps),
+            seed=setup.seed,
+            accumulation=setup.trainer.accumulation,
+            **options,
+        ),
+        "schedule": make_schedule(setup.optimizer, steps),
+        "cost": cost_per_token(setup),
+    }
 
 
 def cost_per_token(setup: Setup) -> tuple[float, float | None]:

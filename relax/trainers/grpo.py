@@ -15,11 +15,10 @@ import jax
 from relax.data.sources import load_records
 from relax.generation.requests import Completion
 from relax.model.config import LlamaConfig
-from relax.optim import make_optimizer, make_schedule
 from relax.rewards import NEEDS_ANSWER, REWARDS, find_reward
 from relax.sampling import SamplingConfig
-from relax.steps import make_policy_loss, make_train_step, policy_summary
-from relax.trainers.common import check_sizes, cost_per_token
+from relax.steps import make_policy_loss, policy_summary
+from relax.trainers.common import check_sizes, optimisation
 from relax.trainers.config import Setup
 from relax.trainers.evaluation import (
     as_sample,
@@ -74,20 +73,12 @@ def make_task(setup: Setup) -> Task:
         accumulation=trainer.accumulation,
     )
     return Task(
-        train_step=make_train_step(
-            loss_fn,
-            make_optimizer(setup.optimizer, trainer.num_steps),
-            seed=setup.seed,
-            accumulation=trainer.accumulation,
-            summarize=policy_summary(options),
-        ),
+        **optimisation(setup, loss_fn, summarize=policy_summary(options)),
         batch_at=policy.batch_at,
         tokens_at=policy.tokens_at,
         evaluate=evaluate,
         rank=lambda m: 1.0 - m["val_pass@1"] if "val_pass@1" in m else None,
         evaluates=completion_metrics(setup) if evaluate else (),
-        schedule=make_schedule(setup.optimizer, trainer.num_steps),
-        cost=cost_per_token(setup),
         prepare=policy.prepare,
         conclude=policy.conclude,
         extra=policy.extra,

@@ -147,10 +147,12 @@ class Loop:
                 if pending is not None:
                     self._report(*pending)
                 pending = (step, count, metrics, prepared)
-                if self._is_milestone(step) or self._task.prepare:
+                # Asked once: a signal may come at any time, and what it saves was read.
+                is_milestone = self._is_milestone(step)
+                if is_milestone or self._task.prepare:
                     self._report(*pending)
                     pending = None
-                if self._is_milestone(step):
+                if is_milestone:
                     self._milestone(step, state)
             self._checkpoints.wait()
         return state

@@ -10,10 +10,9 @@ from relax.data.windows import TrainingBatches, target_bytes, validation_batches
 from relax.generation.generator import Generator
 from relax.generation.requests import Request
 from relax.model.llama import make_llama
-from relax.optim import make_optimizer, make_schedule
 from relax.sharding import batch_multiple, make_constrain
-from relax.steps import make_language_model_loss, make_train_step
-from relax.trainers.common import check_sizes, cost_per_token, make_validation
+from relax.steps import make_language_model_loss
+from relax.trainers.common import check_sizes, make_validation, optimisation
 from relax.trainers.config import Setup
 from relax.trainers.loop import Evaluation, Task
 
@@ -44,18 +43,11 @@ def make_task(setup: Setup) -> Task:
     )
     tokens = trainer.batch_size * trainer.context
     return Task(
-        train_step=make_train_step(
-            loss_fn,
-            make_optimizer(setup.optimizer, trainer.num_steps),
-            seed=setup.seed,
-            accumulation=trainer.accumulation,
-        ),
+        **optimisation(setup, loss_fn),
         batch_at=batches.__getitem__,
         tokens_at=lambda step: tokens,
         evaluate=_make_evaluate(setup, loss_fn, corpus, _make_sample(setup, apply)),
         evaluates=("val_loss", "val_bits_per_byte", "val_accuracy"),
-        schedule=make_schedule(setup.optimizer, trainer.num_steps),
-        cost=cost_per_token(setup),
     )
 
 

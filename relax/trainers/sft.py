@@ -11,12 +11,11 @@ from relax.data.inspection import show_rows
 from relax.data.records import Records
 from relax.data.sources import load_records
 from relax.model.llama import make_llama
-from relax.optim import make_optimizer, make_schedule
 from relax.rewards import RewardScorer, find_reward
 from relax.sharding import make_constrain
-from relax.steps import make_language_model_loss, make_train_step
+from relax.steps import make_language_model_loss
 from relax.text.chat import TEMPLATES
-from relax.trainers.common import check_sizes, cost_per_token, make_validation
+from relax.trainers.common import check_sizes, make_validation, optimisation
 from relax.trainers.config import Setup, check_seed
 from relax.trainers.evaluation import (
     completion_metrics,
@@ -54,18 +53,11 @@ def make_task(setup: Setup) -> Task:
         with_entropy=True,
     )
     return Task(
-        train_step=make_train_step(
-            loss_fn,
-            make_optimizer(setup.optimizer, trainer.num_steps),
-            seed=setup.seed,
-            accumulation=trainer.accumulation,
-        ),
+        **optimisation(setup, loss_fn),
         batch_at=batches.__getitem__,
         tokens_at=batches.tokens_at,
         evaluate=_make_evaluate(setup, records, loss_fn, complete),
         evaluates=("val_loss", "val_accuracy", *completion_metrics(setup)),
-        schedule=make_schedule(setup.optimizer, trainer.num_steps),
-        cost=cost_per_token(setup),
     )
 
 

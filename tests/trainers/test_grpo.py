@@ -30,7 +30,7 @@ from relax.generation.requests import Completion, Request
 from relax.sharding import MeshConfig, make_mesh
 from relax.steps import MISMATCH, init_state
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
-from relax.trainers import grpo, policy
+from relax.trainers import common, grpo, policy
 from relax.trainers.config import Setup
 from relax.trainers.prompts import Prompt
 from relax.trainers.rollout import Counts, Group
@@ -111,7 +111,7 @@ def step(configs, monkeypatch, make_config, tmp_path):
     """
     apply = SimpleNamespace(apply=bigram)
     monkeypatch.setattr(policy, "make_llama", lambda *_: apply)
-    monkeypatch.setattr(grpo, "make_optimizer", lambda *_: SGD)
+    monkeypatch.setattr(common, "make_optimizer", lambda *_: SGD)
 
     def run(rewards=VARIED, ended=True, **fields):
         sizes = {"batch_size": ROWS, "num_generations": len(rewards[0])}
