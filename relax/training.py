@@ -30,7 +30,7 @@ from relax.language_model import LanguageModel
 from relax.model.config import LlamaConfig
 from relax.model.lora import NO_LORA
 from relax.model.parameters import parameter_count
-from relax.optim import OptimizerConfig, make_optimizer
+from relax.optim import OptimizerConfig, make_optimizer, make_schedule
 from relax.run_folder import CONFIG_FILE, make_run_folder, write_provenance
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
@@ -168,7 +168,7 @@ def start(config: Mapping[str, Any]) -> None:
     """
     configs = typed(config)
     configure(configs.runtime)
-    make_optimizer(configs.optimizer, configs.trainer.num_steps)  # checks the schedule
+    make_schedule(configs.optimizer, configs.trainer.num_steps)  # checks it
     trainer = TRAINERS[configs.trainer.kind]
     trainer.check(configs.trainer, configs.model, configs.sampling)
     base = _load_base(configs)
@@ -179,7 +179,7 @@ def start(config: Mapping[str, Any]) -> None:
     folder = make_run_folder(Path(configs.run.run_folder))
     opened = contextlib.ExitStack()
     try:
-        config = {**config, "model": _plain(asdict(setup.model))}
+        config = {**config, "model": asdict(setup.model)}
         write_provenance(config, folder)
         setup = setup._replace(folder=folder)
         setup.tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -214,35 +214,35 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
     config = override({**config, "model": NO_LORA | config["model"]}, changes)
     configs = typed(config)
     configure(configs.runtime)
-    opened = contextlib.ExitStack()
     keep_last = configs.trainer.keep_last
-    with opened, RunCheckpoints(folder, keep_last=keep_last) as checkpoints:
-        # The best step is what `resolve_run` says where the reference names none.
-        named = name != "best" or reference.endswith("@best")
-        step = checkpoints.step_named(name if named else "last")
-        if step >= configs.trainer.num_steps:
-            raise ValueError(
-                f"{folder} is at step {step}, trainer.num_steps="
-                f"{configs.trainer.num_steps}: nothing is left; raise "
-                "trainer.num_steps to go on"
+    with contextlib.ExitStack() as opened:
+        with RunCheckpoints(folder, keep_last=keep_last) as checkpoints:
+            # The best step is what `resolve_run` says where the reference names none.
+            named = name != "best" or reference.endswith("@best")
+            step = checkpoints.step_named(name if named else "last")
+            if step >= configs.trainer.num_steps:
+                raise ValueError(
+                    f"{folder} is at step {step}, trainer.num_steps="
+                    f"{configs.trainer.num_steps}: nothing is left; raise "
+                    "trainer.num_steps to go on"
+                )
+            info = checkpoints.info(step)
+            progress = info.get("progress", {})
+            _check_reached(progress, configs.trainer, changes, folder)
+            origin = Origin(**info.get("origin", {}))
+            tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+            template = load_template(folder / TOKENIZER_FOLDER, tokenizer)
+            setup = _setup(configs, configs.model, tokenizer, template, origin)
+            setup = setup._replace(folder=folder)
+            task = TRAINERS[configs.trainer.kind].make_task(setup)
+            opened.callback(task.close)
+            _check_stop_metric(configs.trainer, task)
+            optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
+            abstract = abstract_train_state(
+                setup.model, optimizer, setup.mesh, task.extra
             )
-        info = checkpoints.info(step)
-        progress = info.get("progress", {})
-        _check_reached(progress, configs.trainer, changes, folder)
-        origin = Origin(**info.get("origin", {}))
-        tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
-        template = load_template(folder / TOKENIZER_FOLDER, tokenizer)
-        setup = _setup(configs, configs.model, tokenizer, template, origin)
-        setup = setup._replace(folder=folder)
-        task = TRAINERS[configs.trainer.kind].make_task(setup)
-        opened.callback(task.close)
-        _check_stop_metric(configs.trainer, task)
-        optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
-        abstract = abstract_train_state(setup.model, optimizer, setup.mesh, task.extra)
-        state = checkpoints.restore(step, abstract)
-        checkpoints.delete_after(step)
-        kept = opened.pop_all()
-    with kept:
+            state = checkpoints.restore(step, abstract)
+            checkpoints.delete_after(step)
         task.restore(progress)
         if changes:
             save_config(config, folder / CONFIG_FILE)
@@ -382,10 +382,3 @@ def _train(
         places = setup.mesh, checkpoints, tracker, folder, info, num_tokens
         Loop(configs.trainer, task, *places).run(state)
         tracker.message(f"done: python infer.py checkpoint={folder}")
-
-
-def _plain(value: Any) -> Any:
-    """Returns nested values with lists for tuples, as YAML has them."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
