@@ -8,6 +8,7 @@ from relax.data.forms import FORMS, normalise
 from relax.data.records import (
     Records,
     RecordsConfig,
+    check_fraction,
     read_json_records,
     split_records,
 )
@@ -32,11 +33,7 @@ class ConversationsConfig(RecordsConfig):
             raise ValueError(
                 f"data.form={self.form!r} is unknown; choose one of {', '.join(FORMS)}"
             )
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction={self.validation_fraction}: "
-                "must be at least 0 and below 1"
-            )
+        check_fraction(self.validation_fraction)
 
     @property
     def cache(self) -> Path:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import wrap_file
 
 from relax.data.cache import cache_folder, cache_key, write_atomically
+from relax.data.records import check_fraction
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,7 @@ class DataConfig:
                 "data.path=null, but data.kind=text reads its text from there; "
                 "set data.path to a file, a folder or a glob"
             )
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction={self.validation_fraction}: "
-                "must be at least 0 and below 1"
-            )
+        check_fraction(self.validation_fraction)
         needs_url = self.kind == "shakespeare" and self.download
         if needs_url and not (self.url and self.sha256):
             raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from relax.data.examples import Examples
 from relax.data.packing import pack
+from relax.data.windows import process_rows
 
 Batch = dict[str, np.ndarray]
 
@@ -66,19 +67,13 @@ class ExampleBatches:
 
         if not len(examples):
             raise ValueError(_nothing_in("training", examples, "add records"))
-        if batch_size % process_count:
-            raise ValueError(
-                f"trainer.batch_size={batch_size} cannot be dealt evenly to "
-                f"{process_count} processes; make it a multiple of {process_count}"
-            )
+        self._rows = process_rows(batch_size, process_index, process_count)
         self._layout = _Rows(examples, context, packing)
         self.rows_per_epoch = len(self._layout)
         self.dropped = examples.dropped
         # Beyond an epoch, `shuffle` takes a new seed from index // rows.
         order = grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle()
         self._order = order.repeat().batch(batch_size)
-        rows = batch_size // process_count
-        self._rows = slice(process_index * rows, (process_index + 1) * rows)
         self._trim = trim
 
     def __getitem__(self, step: int) -> Batch:

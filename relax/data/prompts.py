@@ -12,6 +12,7 @@ from relax.data.records import (
     Record,
     Records,
     RecordsConfig,
+    check_fraction,
     read_json_records,
     split_records,
 )
@@ -58,11 +59,7 @@ class PromptsConfig(RecordsConfig):
                 "data.answer_field=null, but data.kind=gsm8k takes the answers from "
                 "there; name the column, which GSM8K calls answer"
             )
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction={self.validation_fraction}: "
-                "must be at least 0 and below 1"
-            )
+        check_fraction(self.validation_fraction)
 
 
 def load_prompts(config: PromptsConfig) -> Records:

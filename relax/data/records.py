@@ -79,6 +79,14 @@ def read_json_records(path: str, option: str = "data.path") -> list[Record]:
     return records
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises ValueError for a `data.validation_fraction` outside [0, 1)."""
+    if not 0 <= fraction < 1:
+        raise ValueError(
+            f"data.validation_fraction={fraction}: must be at least 0 and below 1"
+        )
+
+
 def split_records(
     records: Sequence[Record], fraction: float
 ) -> tuple[Sequence[Record], Sequence[Record]]:

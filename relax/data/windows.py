@@ -44,11 +44,7 @@ class TrainingBatches:
                 f"training split of data has {len(tokens)}; lower trainer.context or "
                 "give a longer text"
             )
-        if batch_size % process_count:
-            raise ValueError(
-                f"trainer.batch_size={batch_size} cannot be dealt evenly to "
-                f"{process_count} processes; make it a multiple of {process_count}"
-            )
+        self._rows = process_rows(batch_size, process_index, process_count)
         # Every offset leaves room for this many windows and their last target.
         windows = max(1, len(tokens) // context - 1)
         offsets = min(context, len(tokens) - windows * context)
@@ -62,8 +58,6 @@ class TrainingBatches:
         # new seed, and `start` a new offset, from index // windows.
         order = grain.MapDataset.range(windows).seed(seed).shuffle()
         self._starts = order.map_with_index(start).repeat().batch(batch_size)
-        rows = batch_size // process_count
-        self._rows = slice(process_index * rows, (process_index + 1) * rows)
         self._span = np.arange(context + 1)
         self._tokens = tokens
         self.windows_per_epoch = windows
@@ -74,6 +68,17 @@ class TrainingBatches:
         tokens, targets = windows[:, :-1], windows[:, 1:]
         loss_mask = np.ones(tokens.shape, np.float32)
         return {"tokens": tokens, "targets": targets, "loss_mask": loss_mask}
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Returns a process's part of a batch; raises ValueError for uneven parts."""
+    if batch_size % process_count:
+        raise ValueError(
+            f"trainer.batch_size={batch_size} cannot be dealt evenly to "
+            f"{process_count} processes; make it a multiple of {process_count}"
+        )
+    rows = batch_size // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
 
 
 def validation_batches(

@@ -76,8 +76,7 @@ class PromptOrder:
 
     def at(self, number: int) -> Prompt | None:
         """Returns a prompt, None for one that doesn't fit, which is left out."""
-        index = self._order[number]
-        prompt = make_prompt(self._records[index], index, self._setup)
+        index, prompt = self._numbered(number)
         try:
             check_length(prompt, index, self._setup)
         except ValueError as error:
@@ -93,11 +92,15 @@ class PromptOrder:
         """
         ends_at = time.monotonic() + CHECK_SECONDS
         for number in range(min(len(self._records), CHECKED)):
-            index = self._order[number]
-            prompt = make_prompt(self._records[index], index, self._setup)
+            index, prompt = self._numbered(number)
             check_length(prompt, index, self._setup)
             if time.monotonic() > ends_at:
                 return
+
+    def _numbered(self, number: int) -> tuple[int, Prompt]:
+        """Returns the place of a prompt's record, and the prompt."""
+        index = self._order[number]
+        return index, make_prompt(self._records[index], index, self._setup)
 
 
 def asks(record: Record) -> bool:
