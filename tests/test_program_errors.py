@@ -349,6 +349,21 @@ def places(make_config, tmp_path_factory) -> Path:
     return folder
 
 
+def told(script: str, cases: list):
+    """Returns the JSON that a script prints of the cases, in a process of its own."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env={**bare, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
 @pytest.fixture(scope="module")
 def mistakes(places) -> dict[str, tuple[int | None, str, str]]:
     """By name of a mistake: the exit code, and what was on stdout and stderr."""
@@ -357,17 +372,7 @@ def mistakes(places) -> dict[str, tuple[int | None, str, str]]:
         (loads, [argument.replace("{}", str(places)) for argument in arguments] + fixed)
         for loads, arguments, _ in MISTAKES.values()
     ]
-    bare = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
-    ran = subprocess.run(
-        [sys.executable, "-c", ALL_IN_ONE],
-        cwd=REPOSITORY,
-        env={**bare, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return dict(zip(MISTAKES, json.loads(ran.stdout), strict=True))
+    return dict(zip(MISTAKES, told(ALL_IN_ONE, cases), strict=True))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -537,21 +542,11 @@ def grpo_mistakes(tmp_path_factory) -> dict[str, tuple[int | None, str]]:
         ["trainer=grpo", *fixed, *(each.replace("{}", str(folder)) for each in given)]
         for given, _ in GRPO_MISTAKES.values()
     ]
-    bare = {k: v for k, v in os.environ.items() if not k.startswith("XLA_")}
-    ran = subprocess.run(
-        [sys.executable, "-c", TRAIN_ALL],
-        cwd=REPOSITORY,
-        env={**bare, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
+    shown, out = told(TRAIN_ALL, cases)
     # Of none of them a run is left.
     assert sorted(path.name for path in folder.iterdir()) == [
         *("messages.jsonl", "texts.jsonl"),
     ]
-    shown, out = json.loads(ran.stdout)
     assert out == ""
     return dict(zip(GRPO_MISTAKES, shown, strict=True))
 

@@ -83,7 +83,7 @@ def test_messages_need_a_template():
 @pytest.mark.parametrize("length", [1, 8])
 def test_a_prompt_may_fill_what_the_completion_leaves(length):
     prompt = make_prompt({"prompt": "a" * length}, 0, setup_of())
-    check_length(prompt, 0, setup_of())
+    assert check_length(prompt, 0, setup_of()) is None
 
 
 @pytest.mark.parametrize("length", [0, 9])

@@ -20,7 +20,7 @@ from relax.optim import make_optimizer
 from relax.sharding import make_mesh
 from relax.text.chat import named_template
 from relax.text.tokenizers import make_tokenizer
-from relax.trainers import sft
+from relax.trainers import common, sft
 from relax.trainers.config import Setup
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -234,7 +234,7 @@ def uncompiled(in_process, monkeypatch):
         raise AssertionError("the mistake was not seen")
 
     monkeypatch.setattr(training, "init_train_state", reached)
-    monkeypatch.setattr(sft, "make_train_step", reached)
+    monkeypatch.setattr(common, "make_train_step", reached)
 
 
 @pytest.mark.parametrize(
