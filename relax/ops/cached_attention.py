@@ -58,8 +58,6 @@ def cached_attention(
         heads = (1, 1) if visible.shape[1] == 1 else (K, N // K)
         visible = visible.reshape(visible.shape[0], *heads, *visible.shape[2:])
         scores = jnp.where(visible, scores, -jnp.inf).reshape(B, K, -1, block)
-        if written_out:  # once, not again where their exponentials are taken
-            scores = jax.lax.optimization_barrier(scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         kept = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top)
