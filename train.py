@@ -16,13 +16,13 @@ def main(config) -> None:
     from relax import training
     from relax.cli import exit_on_error
 
-    if config.resume is None:
-        exit_on_error(lambda: training.start(to_values(config)), KEPT)
-        return
     given = OverridesParser.create().parse_overrides(HydraConfig.get().overrides.task)
     changes = {change.get_key_element(): change.value() for change in given}
     changes.pop("resume", None)
-    exit_on_error(lambda: training.resume(config.resume, changes), KEPT)
+    if config.resume is None:
+        exit_on_error(lambda: training.start(to_values(config), changes), KEPT)
+    else:
+        exit_on_error(lambda: training.resume(config.resume, changes), KEPT)
 
 
 if __name__ == "__main__":

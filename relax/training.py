@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import jax
 
+from relax.base_model import load_base, trained_on
 from relax.build import (
     TOKENIZER_FOLDER,
     abstract_train_state,
     checkpoint_info,
     init_train_state,
-    load,
     train_state_from,
     with_vocabulary,
 )
 from relax.checkpoints.native import RunCheckpoints, resolve_run
-from relax.checkpoints.pretrained import Origin, find_pretrained
+from relax.checkpoints.pretrained import Origin
 from relax.config import load_config, override, save_config, to_dataclass
 from relax.data.corpora import KINDS as CORPORA
 from relax.data.corpora import DataConfig
@@ -70,20 +70,6 @@ TRAINERS = {
         GRPOConfig, grpo.make_task, _RECORDS, grpo.inspect, grpo.check_together
     ),
 }
-# What a model that is trained on keeps of its checkpoint is its shape; how it is
-# trained and run is said by the config.
-_OWN_FIELDS = (
-    "dropout",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_targets",
-    "param_dtype",
-    "compute_dtype",
-    "scan_layers",
-    "remat",
-    "attention",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,19 +146,21 @@ def typed(config: Mapping[str, Any]) -> TrainingConfigs:
     return TrainingConfigs(run=to_dataclass(RunConfig, values, ""), **groups)
 
 
-def start(config: Mapping[str, Any]) -> None:
+def start(config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
     """Trains a new run as the composed config says.
 
-    Raises ValueError or OSError, in one line, before anything expensive where the
-    config can't work; and what `Loop.run` raises.
+    given: those of its values that the user gave, by dotted path; where a run starts
+    from a trained model they alone change what that is. Raises ValueError or OSError,
+    in one line, before anything expensive where the config can't work; and what
+    `Loop.run` raises.
     """
     configs = typed(config)
     configure(configs.runtime)
     make_schedule(configs.optimizer, configs.trainer.num_steps)  # checks it
     trainer = TRAINERS[configs.trainer.kind]
     trainer.check(configs.trainer, configs.model, configs.sampling)
-    base = _load_base(configs)
-    setup, origin = _new_setup(configs, base)
+    base = load_base(configs.run.init, configs.mesh, configs.model)
+    setup, origin = _new_setup(configs, base, given or {})
     if getattr(configs.data, "inspect", False):
         trainer.inspect(setup)
         return
@@ -302,39 +290,15 @@ def _check_stop_metric(trainer: LoopConfig, task: Task) -> None:
         )
 
 
-def _load_base(configs: TrainingConfigs) -> LanguageModel | None:
-    """Returns the model that `init` names, its adapters merged, or None."""
-    if configs.run.init is None:
-        return None
-    model = load(
-        configs.run.init,
-        configs.mesh,
-        dtype=configs.model.param_dtype,
-        scan_layers=configs.model.scan_layers,
-        option="init",
-    )
-    if find_pretrained(configs.run.init) is None or model.config.lora_rank:
-        # An adapter trained on this is one of this model, not of where that came from.
-        model.origin = replace(model.origin, name=configs.run.init)
-    model.merge_lora()
-    if model.tokenizer is None:
-        raise ValueError(
-            f"init={configs.run.init} holds no tokenizer; put its tokenizer.json or "
-            "tokenizer.model into the folder"
-        )
-    return model
-
-
 def _new_setup(
-    configs: TrainingConfigs, base: LanguageModel | None
+    configs: TrainingConfigs, base: LanguageModel | None, given: Mapping[str, Any]
 ) -> tuple[Setup, Origin]:
     """Returns the setup of a new run, from scratch or from a trained model."""
     if base is None:
         tokenizer, origin = make_tokenizer(configs.tokenizer), Origin()
         model = with_vocabulary(configs.model, tokenizer)
         return _setup(configs, model, tokenizer, None, origin), origin
-    own = {name: getattr(configs.model, name) for name in _OWN_FIELDS}
-    model = replace(base.config, **own)
+    model = trained_on(base.config, configs.model, given, configs.run.init)
     setup = _setup(configs, model, base.tokenizer, base.chat_template, base.origin)
     return setup, base.origin
 

@@ -27,11 +27,13 @@ def pass_at_k(solved: Sequence[int], num_samples: int, k: int) -> float:
     return float(np.mean([1 - math.comb(num_samples - c, k) / wrong for c in solved]))
 
 
-def held_out_prompts(setup: Setup, records: Records, count: int) -> list[Prompt]:
+def held_out_prompts(
+    setup: Setup, records: Records, count: int, skip_long: bool = False
+) -> list[Prompt]:
     """Returns the first `count` prompts of held-out records, for completion.
 
-    Raises ValueError where there are none, or one is too long; errors count records
-    from the first of training's.
+    skip_long: without those that are too long. Raises ValueError where there are none,
+    or one is too long; errors count records from the first of training's.
     """
     held_out, first = records.validation, len(records.train)
     if not len(held_out):
@@ -40,10 +42,21 @@ def held_out_prompts(setup: Setup, records: Records, count: int) -> list[Prompt]
             "hold some out, or set trainer.eval_prompts=0"
         )
     prompts = []
-    for index in range(min(count, len(held_out))):
+    for index in range(len(held_out)):
         prompt = make_prompt(held_out[index], first + index, setup)
-        check_length(prompt, first + index, setup, "model.max_position_embeddings")
-        prompts.append(prompt)
+        try:
+            check_length(prompt, first + index, setup, "model.max_position_embeddings")
+            prompts.append(prompt)
+        except ValueError:
+            if not skip_long:
+                raise
+        if len(prompts) == count:
+            break
+    if not prompts:
+        raise ValueError(
+            f"trainer.eval_prompts={count}, and no validation record has a prompt that "
+            "fits model.max_position_embeddings; set trainer.eval_prompts=0"
+        )
     return prompts
 
 

@@ -47,8 +47,7 @@ def make_task(setup: Setup) -> Task:
     trainer = setup.trainer
     records = load_records(setup.data)
     prompts = PromptOrder(records.train, setup)
-    prompts.check()
-    _check_rewards(prompts.at(0), setup)
+    _check_rewards(prompts.check(), setup)
     sampler = Sampler(setup)
     sampler.check(setup.sampling)
     if sampler.extra_bytes:
@@ -57,7 +56,9 @@ def make_task(setup: Setup) -> Task:
         )
     evaluate, opened = None, contextlib.ExitStack()
     if trainer.eval_prompts:
-        held_out = held_out_prompts(setup, records, trainer.eval_prompts)
+        held_out = held_out_prompts(
+            setup, records, trainer.eval_prompts, trainer.skip_long_prompts
+        )
         judge = make_scorer(trainer, [trainer.rewards[trainer.outcome_index]])
         opened.enter_context(judge)
         evaluate = make_completion_evaluation(setup, sampler, held_out, judge)

@@ -31,7 +31,7 @@ _OFF = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(LoopConfig):
+class GRPOConfig(PolicyOptions, LoopConfig):
     """Group-relative policy optimisation, with TRL 1.16's names and meanings.
 
     batch_size: completions per optimizer step. num_generations: G, completions of a
@@ -42,15 +42,16 @@ class GRPOConfig(LoopConfig):
     outcome_reward: the one that says what is solved (null: the first), by which
     evaluation and dynamic sampling judge. reward_processes: 0 is this process;
     reward_seconds: time limit of one completion. scale_rewards: see `relax.advantages`.
-    loss_type to entropy_coef: see `relax.policy_losses`. reference: what beta holds the
-    policy to: none, the model at the start (frozen), the model without its adapters
-    (base), or a copy that moves towards the policy every `ref_sync_steps` by
-    `ref_mixup` (synced). mask_truncated_completions: those that did not end by
-    themselves are left out of the loss. dynamic_sampling: groups without signal are
-    replaced, in at most `dynamic_sampling_rounds` rounds. strict: stop where logprobs
-    of rollout and training differ by more than mismatch_mean or mismatch_max.
-    eval_prompts: held-out prompts, completed eval_samples times each. show_samples:
-    completions shown every `log_completions_every` rollouts (0: never).
+    What the loss is told: see `PolicyOptions`. reference: what beta holds the policy
+    to: none, the model at the start (frozen), the model without its adapters (base), or
+    a copy that moves towards the policy every `ref_sync_steps` by `ref_mixup` (synced).
+    mask_truncated_completions: those that did not end by themselves are left out of the
+    loss. dynamic_sampling: groups without signal are replaced, in at most
+    `dynamic_sampling_rounds` rounds. skip_long_prompts: those that leave a completion
+    no room are left out instead of refused. strict: stop where logprobs of rollout and
+    training differ by more than mismatch_mean or mismatch_max. eval_prompts: held-out
+    prompts, completed eval_samples times each. show_samples: completions shown every
+    `log_completions_every` rollouts (0: never).
     """
 
     num_generations: int
@@ -63,22 +64,13 @@ class GRPOConfig(LoopConfig):
     reward_processes: int
     reward_seconds: float | None
     scale_rewards: str
-    loss_type: str
-    importance_sampling_level: str
-    epsilon: float
-    epsilon_high: float | None
-    delta: float | None
-    beta: float
-    kl_estimator: str
-    use_bias_correction_kl: bool
     reference: str
     ref_sync_steps: int
     ref_mixup: float
     mask_truncated_completions: bool
-    top_entropy_quantile: float
-    entropy_coef: float
     dynamic_sampling: bool
     dynamic_sampling_rounds: int
+    skip_long_prompts: bool
     strict: bool
     mismatch_mean: float
     mismatch_max: float
@@ -90,11 +82,11 @@ class GRPOConfig(LoopConfig):
     def __post_init__(self):
         for name in ("rewards", "reward_weights"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        super().__post_init__()
+        LoopConfig.__post_init__(self)
+        PolicyOptions.__post_init__(self)
         self._check_kind("grpo")
         self._choose("scale_rewards", SCALE_REWARDS)
         self._choose("reference", REFERENCES)
-        _ = self.policy_options  # checks them
         self._check_numbers()
         self._check_groups()
         self._check_reference()
@@ -102,7 +94,7 @@ class GRPOConfig(LoopConfig):
 
     @property
     def policy_options(self) -> PolicyOptions:
-        """What the loss is told; raises ValueError where that can't be."""
+        """What the loss is told."""
         return PolicyOptions(
             **{field.name: getattr(self, field.name) for field in fields(PolicyOptions)}
         )

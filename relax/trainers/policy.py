@@ -1,6 +1,7 @@
 """The policy that GRPO trains: its rollouts, as batches of the steps they serve."""
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from relax.trainers.rollout import (
     to_arrays,
 )
 from relax.trainers.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 class MismatchError(ValueError):
@@ -62,6 +65,12 @@ class Policy:
         self._open.callback(self._journal.close)
         truncates = _truncates(setup)
         self._support = setup.model.padded_vocab_size // 8 if truncates else 0
+        if truncates:
+            tokens = trainer.rows_per_rollout * setup.sampling.max_new_tokens
+            logger.info(
+                "rollouts: the ids that truncation leaves take up to %.1f MB",
+                tokens * self._support / 1e6,
+            )
         self._maker = RolloutMaker(
             setup,
             sampler,

@@ -55,11 +55,16 @@ def check_length(
     group, name = option.split(".")
     limit, longest = getattr(getattr(setup, group), name), setup.sampling.max_new_tokens
     if not 1 <= len(prompt.ids) <= limit - longest:
+        leave_out = (
+            "leave such prompts out with trainer.skip_long_prompts=true"
+            if option == "trainer.context"
+            else "leave the prompt out"
+        )
         raise ValueError(
             f"prompt {index} of the data has {len(prompt.ids)} tokens, and with "
             f"sampling.max_new_tokens={longest} {option}={limit} has room for 1 to "
             f"{limit - longest}; raise {option}, lower sampling.max_new_tokens, or "
-            "leave the prompt out"
+            f"{leave_out}"
         )
 
 
@@ -72,30 +77,45 @@ class PromptOrder:
         self._records, self._setup = records, setup
         order = grain.MapDataset.range(len(records)).seed(setup.seed).shuffle()
         self._order = order.repeat()
-        self._left_out = 0
+        self._has_told = False
 
     def at(self, number: int) -> Prompt | None:
-        """Returns a prompt, None for one that doesn't fit, which is left out."""
+        """Returns a prompt, None for one that doesn't fit, which is left out.
+
+        The first that is left out is told of; a rollout's metrics count all.
+        """
         index, prompt = self._numbered(number)
         try:
             check_length(prompt, index, self._setup)
         except ValueError as error:
-            self._left_out += 1
-            logger.warning("left out (%d so far): %s", self._left_out, error)
+            if not self._has_told:
+                logger.warning("left out, as others may be: %s", error)
+            self._has_told = True
             return None
         return prompt
 
-    def check(self) -> None:
-        """Raises ValueError where one of the first prompts doesn't fit.
+    def check(self) -> Prompt:
+        """Returns the first prompt that fits.
 
-        Of as many as CHECKED, as far as CHECK_SECONDS go; later ones are left out.
+        Raises ValueError where none of the first does, or with
+        `trainer.skip_long_prompts` false one doesn't: of as many as CHECKED, as far as
+        CHECK_SECONDS go. Later ones are left out.
         """
-        ends_at = time.monotonic() + CHECK_SECONDS
+        skip = self._setup.trainer.skip_long_prompts
+        ends_at, first = time.monotonic() + CHECK_SECONDS, None
         for number in range(min(len(self._records), CHECKED)):
             index, prompt = self._numbered(number)
-            check_length(prompt, index, self._setup)
-            if time.monotonic() > ends_at:
-                return
+            try:
+                check_length(prompt, index, self._setup)
+                first = first or prompt
+            except ValueError:
+                if not skip:
+                    raise
+            if first and (skip or time.monotonic() > ends_at):
+                break
+        if first is None:
+            check_length(prompt, index, self._setup)  # says what they should fit in
+        return first
 
     def _numbered(self, number: int) -> tuple[int, Prompt]:
         """Returns the place of a prompt's record, and the prompt."""

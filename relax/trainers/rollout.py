@@ -265,6 +265,7 @@ def rollout_metrics(
         metrics["dynamic_sampling/wasted_tokens"] = float(counts.wasted_tokens)
     metrics |= {
         "rollout/prompts": float(counts.consumed),
+        "rollout/prompts_left_out": float(counts.consumed - counts.groups),
         "rollout/time": counts.sampling_seconds,
         "rollout/reward_time": counts.reward_seconds,
         "rollout/tokens_per_second": counts.new_tokens / counts.sampling_seconds,

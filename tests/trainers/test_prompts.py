@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from relax.data.records import Records
 from relax.text.chat import named_template
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 from relax.trainers import grpo
+from relax.trainers.evaluation import held_out_prompts
 from relax.trainers.prompts import PromptOrder, check_length, make_prompt
 
 BYTES = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
@@ -94,7 +96,8 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(length):
     assert str(raised.value) == (
         f"prompt 7 of the data has {length} tokens, and with sampling.max_new_tokens=5 "
         "trainer.context=13 has room for 1 to 8; raise trainer.context, lower "
-        "sampling.max_new_tokens, or leave the prompt out"
+        "sampling.max_new_tokens, or leave such prompts out with "
+        "trainer.skip_long_prompts=true"
     )
 
 
@@ -110,13 +113,53 @@ def test_a_prompt_that_does_not_fit_is_told_of_before_and_left_out_after(caplog)
     order = PromptOrder([{"prompt": "1" * 9}], setup_of_order())
     with pytest.raises(ValueError, match="prompt 0 of the data has 9 tokens, and with"):
         order.check()
-    assert order.at(0) is None
-    assert "left out (1 so far): prompt 0 of the data has 9 tokens" in caplog.text
+    assert [order.at(number) for number in range(3)] == [None] * 3
+    (told,) = caplog.messages
+    assert "left out, as others may be: prompt 0 of the data has 9 tokens" in told
 
 
-def setup_of_order():
+def test_long_prompts_are_left_out_where_that_is_asked_for():
+    """Four of seven fit."""
+    records = [{"prompt": "1" * (7 + 2 * (number % 2))} for number in range(7)]
+    order = PromptOrder(records, setup_of_order(skip=True))
+    taken = [prompt for number in range(7) if (prompt := order.at(number))]
+    assert [prompt.text for prompt in taken] == ["1" * 7] * 4
+    assert order.check() == taken[0]
+
+
+def test_prompts_that_are_all_too_long_are_refused_though_they_may_be_left_out():
+    order = PromptOrder([{"prompt": "1" * 9}] * 3, setup_of_order(skip=True))
+    with pytest.raises(ValueError, match="of the data has 9 tokens, and with sampling"):
+        order.check()
+
+
+def held_out(*texts, count=2, **options):
+    """Returns the texts of the held-out prompts, which fit up to 8 tokens."""
     setup = setup_of()
-    setup.seed = 3
+    setup.model = SimpleNamespace(max_position_embeddings=13)
+    records = Records([], [{"prompt": text} for text in texts], "a test")
+    return [p.text for p in held_out_prompts(setup, records, count, **options)]
+
+
+def test_a_held_out_prompt_that_is_too_long_is_told_of():
+    assert held_out("2", "4", "1" * 9) == ["2", "4"]
+    with pytest.raises(
+        ValueError, match=r"prompt 1 of the data has 9 .*, or leave the "
+    ):
+        held_out("2", "1" * 9, "4")
+
+
+def test_long_held_out_prompts_are_left_out_where_that_is_asked_for():
+    texts = "1" * 9, "2", "3" * 9, "4", "5"
+    assert held_out(*texts, skip_long=True) == ["2", "4"]
+    assert held_out(*texts, skip_long=True, count=7) == ["2", "4", "5"]
+    with pytest.raises(ValueError, match="and no validation record has a prompt that "):
+        held_out("1" * 9, skip_long=True)
+
+
+def setup_of_order(skip=False):
+    setup = setup_of()
+    setup.seed, setup.trainer.skip_long_prompts = 3, skip
     return setup
 
 
