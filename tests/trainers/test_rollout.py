@@ -320,7 +320,7 @@ def two_groups() -> list[Group]:
 
 
 COUNTS = Counts(
-    consumed=5,
+    consumed=7,
     groups=5,
     new_tokens=46,
     wasted_tokens=29,
@@ -363,7 +363,8 @@ def test_metrics_of_a_rollout_by_hand():
         "rewards/format/timed_out": 0,
         "dynamic_sampling/acceptance": 1 / 5,  # only the first differs in its outcome
         "dynamic_sampling/wasted_tokens": 29,
-        "rollout/prompts": 5,
+        "rollout/prompts": 7,
+        "rollout/prompts_left_out": 2,
         "rollout/time": 0.25,
         "rollout/reward_time": 0.125,
         "rollout/tokens_per_second": 184,
