@@ -67,7 +67,7 @@ def pytest_xdist_make_scheduler(config, log):
 # What they look at are files, texts and errors; no figure and no bit of a promise.
 _COMPILED_QUICKLY = (
     *("tasks/", "experiments/test_bench"),
-    *("test_generation_interrupts.py", "test_language_model.py"),
+    *("test_generation_interrupts.py", "test_language_model.py", "test_readme.py"),
 )
 
 

@@ -193,11 +193,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def error_line(done: subprocess.CompletedProcess) -> str:
+def error_line(stderr: str) -> str:
     """Returns the only line of a program that had nothing else to say, or fails."""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("data: ")]
+    lines = [line for line in stderr.splitlines() if not line.startswith("data: ")]
     lines = [line for line in lines if not line.startswith("attention implementation")]
-    assert len(lines) == 1, done.stderr
+    assert len(lines) == 1, stderr
     return lines[0]
 
 
@@ -344,23 +344,43 @@ def test_latest_is_resumed_and_extended(work, whole, tmp_path):
     assert steps == list(range(1, 24))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (None, "is at step 20, trainer.num_steps=20: nothing is left; raise"),
-        ("trainer.num_steps=13", "is at step 20, trainer.num_steps=13: nothing is"),
-        ("model=small", "model=small: a resumed run keeps its own configuration;"),
-        ("experiment=shakespeare_tiny", "experiment=shakespeare_tiny: a resumed run"),
-        ("run_folder=elsewhere", "run_folder=elsewhere: a resumed run goes on in its"),
-        ("tokenizer.kind=bytes", "tokenizer.kind=bytes: a resumed run keeps its tok"),
-    ],
-)
-def test_what_a_resume_cannot_do_is_said_in_one_line(work, whole, override, message):
+# By override, none first.
+REFUSED = {
+    "": "is at step 20, trainer.num_steps=20: nothing is left; raise",
+    "trainer.num_steps=13": "is at step 20, trainer.num_steps=13: nothing is",
+    "model=small": "model=small: a resumed run keeps its own configuration;",
+    "experiment=shakespeare_tiny": "experiment=shakespeare_tiny: a resumed run",
+    "run_folder=elsewhere": "run_folder=elsewhere: a resumed run goes on in its",
+    "tokenizer.kind=bytes": "tokenizer.kind=bytes: a resumed run keeps its tok",
+}
+# Runs the program with one override after the other.
+ONE_BY_ONE = """
+program, resumed, *overrides = sys.argv[1:]
+for override in overrides:
+    sys.argv = [program, resumed, *override.split()]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        print("ended with", end.code, file=sys.stderr)
+sys.exit()
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(work, whole) -> dict[str, str]:
+    """What each override of REFUSED was answered on stderr; the run is as it was."""
     before = snapshot(whole)
-    done = work.resume(whole, *([override] if override else []), code=1)
-    assert message in error_line(done)
+    done = work.resume(whole, *REFUSED, driver=ONE_BY_ONE)
     assert snapshot(whole) == before
+    *answers, rest = done.stderr.split("ended with 1\n")
+    assert rest == ""
+    return dict(zip(REFUSED, answers, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("override", "message"), REFUSED.items())
+def test_what_a_resume_cannot_do_is_said_in_one_line(refusals, override, message):
+    assert message in error_line(refusals[override])
 
 
 POISON = """
@@ -426,7 +446,7 @@ training.init_train_state = lambda *_: signal.raise_signal(signal.SIGINT)
 """
     overrides = (*SMOKE, f"run_folder={tmp_path}/run")
     done = work.train(*overrides, driver=driver, code=130)
-    assert error_line(done) == "interrupted; checkpoints are kept"
+    assert error_line(done.stderr) == "interrupted; checkpoints are kept"
     assert list(tmp_path.iterdir()) == []
 
 
