@@ -44,7 +44,7 @@ def load_base(
         scan_layers=model.scan_layers,
         option="init",
     )
-    if find_pretrained(init) is None or base.config.lora_rank:
+    if find_pretrained(init, "init") is None or base.config.lora_rank:
         # An adapter trained on this is one of this model, not of where that came from.
         base.origin = replace(base.origin, name=init)
     base.merge_lora()

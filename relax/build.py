@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from relax.checkpoints.adapter import open_adapter
+from relax.checkpoints.adapter import ADAPTER_CONFIG, open_adapter
 from relax.checkpoints.native import RunCheckpoints, resolve_run
 from relax.checkpoints.pretrained import (
     AUTO,
@@ -143,7 +143,7 @@ def load(
     if adapter is not None:
         open_adapter(Path(adapter))  # its errors come before the weights are read
     devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
-    if (folder := find_pretrained(str(path))) is not None:
+    if (folder := find_pretrained(str(path), option)) is not None:
         model = _load_pretrained(str(path), folder, devices, dtype, scan_layers)
     else:
         model = _load_run(str(path), devices, dtype, scan_layers, option)
@@ -184,6 +184,11 @@ def _load_run(
     reference: str, mesh: Mesh, dtype: str | None, scan_layers: bool, option: str
 ) -> LanguageModel:
     check_dtype(dtype)
+    if (Path(reference) / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{option}={reference} is a LoRA adapter of a model: infer.py takes "
+            f"checkpoint=<that model> adapter={reference}"
+        )
     try:
         folder, name = resolve_run(reference, option=option)
     except FileNotFoundError as error:

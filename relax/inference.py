@@ -32,7 +32,7 @@ def start(config: Mapping[str, Any]) -> None:
         )
     config_class, task = TASKS[kind]
     known = {
-        *("checkpoint", "dtype", "scan_layers", "prompt", "prompts_file"),
+        *("checkpoint", "adapter", "dtype", "scan_layers", "prompt", "prompts_file"),
         *("input_path", "output_path"),
         *("task", "sampling", "mesh", "runtime"),
     }
@@ -49,5 +49,5 @@ def start(config: Mapping[str, Any]) -> None:
     configure(to_dataclass(RuntimeConfig, config["runtime"], "runtime"))
     task.check(task_config)
     dtype = config["dtype"] or getattr(task, "DTYPE", None)
-    model = load(config["checkpoint"], mesh, dtype, scan_layers)
+    model = load(config["checkpoint"], mesh, dtype, scan_layers, config["adapter"])
     task.run(task_config, model, sampling)

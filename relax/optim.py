@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -79,7 +80,7 @@ def make_schedule(
     if steps < 1:
         raise ValueError(
             f"optimizer.warmup_steps={config.warmup_steps} must be less than "
-            f"trainer.num_steps={num_steps}"
+            f"trainer.num_steps={num_steps}; lower it, or train for longer"
         )
     final = config.final_fraction
     if config.schedule == "cosine":
@@ -105,7 +106,10 @@ def make_schedule(
 def make_optimizer(
     config: OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-    """Returns clip, then the optimizer with its schedule and decay on matrices only."""
+    """Returns clip, then the optimizer with its schedule and decay on matrices only.
+
+    It computes, and keeps its moments, in float32 whatever the dtype of the parameters.
+    """
     rate = make_schedule(config, num_steps)
     if config.kind == "adamw":
         update = optax.adamw(
@@ -137,9 +141,24 @@ def make_optimizer(
             ),
             muon_weight_dimension_numbers=muon_dimensions,
         )
-    if config.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    if config.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return _in_float32(update)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer that sees float32 alone.
+
+    A second moment in bfloat16 never falls: 0.999 of it rounds to itself.
+    """
+
+    def cast(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(grads, state, params):
+        return inner.update(cast(grads), state, cast(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(cast(params)), update)
 
 
 # What is a matrix is said by name: stacked norms are [L, D] and stacked projections

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from relax.run_folder import CONFIG_FILE, make_run_folder, write_provenance
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
 from relax.sharding import MeshConfig, make_mesh
-from relax.text.chat import ending_ids, load_template, named_template
+from relax.text.chat import ChatTemplate, ending_ids, load_template, named_template
 from relax.text.tokenizers import TokenizerConfig, load_tokenizer, make_tokenizer
 from relax.tracking.config import LoggerConfig
 from relax.tracking.tracker import Tracker
@@ -51,7 +51,7 @@ class Trainer(NamedTuple):
     """A way of training: its config, what makes its task, and the data it takes.
 
     inspect: shows its data. check: raises where trainer, model and sampling don't go
-    together, before anything is read.
+    together, before anything is read. kept: the paths that a resumed run can't change.
     """
 
     config: type[LoopConfig]
@@ -59,15 +59,23 @@ class Trainer(NamedTuple):
     data: Mapping[str, type]
     inspect: Callable[[Setup], None] | None = None
     check: Callable[..., None] = lambda trainer, model, sampling: None
+    kept: Callable[[Any], Sequence[str]] = lambda trainer: ()
 
 
+# What `auto` stands for among rewards, where the data needs more than exact_match.
+_REWARDS = {"countdown": "countdown", "gsm8k": "numeric_answer"}
 _CORPORA = dict.fromkeys(CORPORA, DataConfig)
 _RECORDS = {kind: source[0] for kind, source in SOURCES.items()}
 TRAINERS = {
     "pretrain": Trainer(PretrainConfig, pretrain.make_task, _CORPORA),
     "sft": Trainer(SFTConfig, sft.make_task, _RECORDS, sft.inspect),
     "grpo": Trainer(
-        GRPOConfig, grpo.make_task, _RECORDS, grpo.inspect, grpo.check_together
+        GRPOConfig,
+        grpo.make_task,
+        _RECORDS,
+        grpo.inspect,
+        grpo.check_together,
+        grpo.kept_on_resume,
     ),
 }
 
@@ -138,12 +146,23 @@ def typed(config: Mapping[str, Any]) -> TrainingConfigs:
             f"data.kind={data!r} is nothing that trainer={kind} takes; choose one of "
             f"{', '.join(trainer.data)}"
         )
+    config = {**config, "trainer": _with_rewards(config["trainer"], data)}
     classes = {**_GROUPS, "trainer": trainer.config, "data": trainer.data[data]}
     values = {name: value for name, value in config.items() if name not in classes}
     groups = {
         name: to_dataclass(group, config[name], name) for name, group in classes.items()
     }
     return TrainingConfigs(run=to_dataclass(RunConfig, values, ""), **groups)
+
+
+def _with_rewards(trainer: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Returns a trainer's values with the data's own reward in the place of `auto`."""
+    own, values = _REWARDS.get(data, "exact_match"), dict(trainer)
+    if values.get("eval_reward") == "auto":
+        values["eval_reward"] = own
+    if isinstance(names := values.get("rewards"), list):
+        values["rewards"] = [own if name == "auto" else name for name in names]
+    return values
 
 
 def start(config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> None:
@@ -199,8 +218,10 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
     folder, name = resolve_run(reference, option="resume")
     config = load_config(folder / CONFIG_FILE)
     changes = _own_changes(changes, config, folder)
-    config = override({**config, "model": NO_LORA | config["model"]}, changes)
+    kept = {**config, "model": NO_LORA | config["model"]}
+    config = override(kept, changes)
     configs = typed(config)
+    _check_kept(typed(kept), configs, folder)
     configure(configs.runtime)
     keep_last = configs.trainer.keep_last
     with contextlib.ExitStack() as opened:
@@ -220,6 +241,8 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
             origin = Origin(**info.get("origin", {}))
             tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
             template = load_template(folder / TOKENIZER_FOLDER, tokenizer)
+            if template is None or "data.template" in changes:
+                template = _template(configs, tokenizer, template)
             setup = _setup(configs, configs.model, tokenizer, template, origin)
             setup = setup._replace(folder=folder)
             task = TRAINERS[configs.trainer.kind].make_task(setup)
@@ -266,6 +289,18 @@ def _own_changes(
     return changes
 
 
+def _check_kept(old: TrainingConfigs, new: TrainingConfigs, folder: Path) -> None:
+    """Raises ValueError for a change that the run's own state has no place for."""
+    for path in TRAINERS[old.trainer.kind].kept(old.trainer):
+        group, name = path.split(".")
+        values = [getattr(getattr(configs, group), name) for configs in (old, new)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{path}={values[1]}: {folder} goes on with {values[0]}, which its "
+                f"checkpoint depends on; start a new run with init={folder}@last"
+            )
+
+
 def _check_reached(
     progress: Mapping[str, Any], trainer: LoopConfig, changes, folder: Path
 ) -> None:
@@ -297,16 +332,21 @@ def _new_setup(
     if base is None:
         tokenizer, origin = make_tokenizer(configs.tokenizer), Origin()
         model = with_vocabulary(configs.model, tokenizer)
-        return _setup(configs, model, tokenizer, None, origin), origin
+        template = _template(configs, tokenizer, None)
+        return _setup(configs, model, tokenizer, template, origin), origin
     model = trained_on(base.config, configs.model, given, configs.run.init)
-    setup = _setup(configs, model, base.tokenizer, base.chat_template, base.origin)
-    return setup, base.origin
+    template = _template(configs, base.tokenizer, base.chat_template)
+    return _setup(configs, model, base.tokenizer, template, base.origin), base.origin
+
+
+def _template(configs: TrainingConfigs, tokenizer, own: ChatTemplate | None):
+    """Returns the chat template that `data.template` names, or the model's own."""
+    named = getattr(configs.data, "template", None)
+    return own if named is None else named_template(named, tokenizer, "data.template")
 
 
 def _setup(configs: TrainingConfigs, model, tokenizer, template, origin) -> Setup:
     named = getattr(configs.data, "template", None)
-    if named is not None:
-        template = named_template(named, tokenizer, "data.template")
     sampling = configs.sampling
     is_chat = named is not None or configs.data.kind in ("conversations", "prompts")
     if is_chat and template is not None:

@@ -90,7 +90,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused(warmup_steps):
     config = replace(CONFIG, warmup_steps=warmup_steps)
     with pytest.raises(
         ValueError,
-        match=rf"^optimizer\.warmup_steps={warmup_steps} .* trainer\.num_steps=14$",
+        match=rf"^optimizer\.warmup_steps={warmup_steps} .* trainer\.num_steps=14; ",
     ):
         make_schedule(config, 14)
 
@@ -321,6 +321,25 @@ def test_adamw_takes_hand_computed_steps():
     assert float(first["llama/norm"]["weight"][0]) == pytest.approx(-1.0)
     second_step = (7 / 3) / (39 / 7) ** 0.5
     assert float(both["llama/norm"]["weight"][0]) == pytest.approx(-1.0 - second_step)
+
+
+def test_moments_of_16_bit_parameters_are_float32_and_fall():
+    """In bfloat16, 0.999 of a second moment would round to itself."""
+    params = {"llama/norm": {"weight": jnp.ones(3, jnp.bfloat16)}}
+    optimizer = make_optimizer(replace(CONFIG, b2=0.999, clip_norm=1e9), 300)
+    state = optimizer.init(params)
+    step = jax.jit(optimizer.update)
+    for size in [1.0] + [0.0] * 200:
+        grads = jax.tree.map(lambda x, size=size: jnp.full_like(x, size), params)
+        updates, state = step(grads, state, params)
+    (nu,) = (
+        leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+        if ".nu" in jax.tree_util.keystr(path)
+    )
+    np.testing.assert_allclose(nu, 0.001 * 0.999**200, rtol=1e-4)
+    moved = optax.apply_updates(params, updates)
+    assert moved["llama/norm"]["weight"].dtype == jnp.bfloat16
 
 
 def test_clipping_bounds_the_norm_over_all_parameters():

@@ -135,3 +135,54 @@ def test_a_run_that_has_come_to_its_goal_ends_and_stays_ended(run):
     assert steps(run) == [2, 4]
     training.resume(str(run), goal("val_loss", 0.0))
     assert steps(run) == [2, 4, 6]
+
+
+def composed(*overrides) -> training.TrainingConfigs:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["name=small", "run_folder=small", *overrides])
+    return training.typed(to_values(config))
+
+
+@pytest.mark.parametrize(
+    ("data", "reward"),
+    [
+        (("data=arithmetic",), "exact_match"),
+        (("data=countdown",), "countdown"),
+        (("data=gsm8k", "data.path=x.jsonl"), "numeric_answer"),
+        (("data=prompts", "data.path=x.jsonl"), "exact_match"),
+    ],
+)
+def test_data_is_judged_by_its_own_reward(data, reward):
+    assert composed("trainer=grpo", *data).trainer.rewards == (reward,)
+    assert composed("trainer=sft", *data).trainer.eval_reward == reward
+    both = "trainer.rewards=[auto,ends]", "trainer.outcome_reward=ends"
+    assert composed("trainer=grpo", *data, *both).trainer.rewards == (reward, "ends")
+    assert (
+        composed("trainer=sft", *data, "trainer.eval_reward=null").trainer.eval_reward
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "change", "refused"),
+    [
+        ((), "trainer.num_iterations=2", "trainer.num_iterations=2: .* goes on with 1"),
+        ((), "trainer.num_generations=4", None),
+        ((), "sampling.top_k=5", None),
+        (("trainer.num_iterations=2",), "sampling.top_k=5", r"sampling\.top_k=5: "),
+        (("trainer.num_iterations=2",), "trainer.epsilon=0.1", None),
+        (
+            ("trainer.beta=0.1", "trainer.reference=frozen"),
+            "trainer.reference=synced",
+            r"trainer\.reference=synced: .* goes on with frozen, which .* start a ",
+        ),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_state_depends_on(before, change, refused):
+    old = composed("trainer=grpo", *before)
+    new = composed("trainer=grpo", *before, change)
+    if refused is None:
+        training._check_kept(old, new, Path("there"))
+    else:
+        with pytest.raises(ValueError, match=refused):
+            training._check_kept(old, new, Path("there"))

@@ -17,10 +17,11 @@ def split_hub_id(reference: str) -> tuple[str, str | None] | None:
     return (match[1], match[2]) if match else None
 
 
-def fetch(repo_id: str, revision: str | None) -> Path:
+def fetch(repo_id: str, revision: str | None, option: str = "checkpoint") -> Path:
     """Returns the folder of a model, downloaded unless it is in the hub's cache.
 
-    Raises OSError saying what failed, such as no network and nothing cached.
+    option: what errors call it. Raises OSError saying what failed, such as no network
+    and nothing cached.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -43,7 +44,7 @@ def fetch(repo_id: str, revision: str | None) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         at = f"@{revision}" if revision else ""
         raise OSError(
-            f"checkpoint={repo_id}{at} is neither a folder here nor to be had from the "
+            f"{option}={repo_id}{at} is neither a folder here nor to be had from the "
             f"Hugging Face hub or its cache ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); check the id, the network, and "
             "HF_TOKEN where the model is gated"

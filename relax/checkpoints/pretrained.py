@@ -62,11 +62,11 @@ class Pretrained:
         return tuple(sorted({i for ids in lists for i in ids if i is not None}))
 
 
-def find_pretrained(reference: str) -> Path | None:
+def find_pretrained(reference: str, option: str = "checkpoint") -> Path | None:
     """Returns the folder that a reference stands for, None where it is no checkpoint.
 
     A reference that is no path here may be a hub id, `owner/name[@revision]`, which is
-    then fetched. Raises OSError where that fails.
+    then fetched. Raises OSError, which calls the reference `option`, where that fails.
     """
     folder = Path(reference)
     if folder.exists():
@@ -76,10 +76,10 @@ def find_pretrained(reference: str) -> Path | None:
         return None
     if Path(hub_id[0]).parent.name == RUNS:  # a mistyped path rather
         return None
-    folder = fetch(*hub_id)
+    folder = fetch(*hub_id, option)
     if not _holds_model(folder):
         raise FileNotFoundError(
-            f"checkpoint={reference}: the hub's repository holds neither {CONFIG} nor "
+            f"{option}={reference}: the hub's repository holds neither {CONFIG} nor "
             f"{PARAMS} (a GGUF file, say, can't be read); take the original model's"
         )
     return folder

@@ -73,11 +73,15 @@ class DataConfig:
 
 
 class Corpus(NamedTuple):
-    """Token ids of both splits, memory-mapped `[tokens]`, and where they came from."""
+    """Token ids of both splits, memory-mapped `[tokens]`, and where they came from.
+
+    key: differs where text, split or tokenizer do.
+    """
 
     train: np.ndarray
     validation: np.ndarray
     source: str
+    key: str
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
@@ -103,6 +107,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
         train=_cached_tokens(folder / "train.npy", train, tokenizer),
         validation=_cached_tokens(folder / "validation.npy", validation, tokenizer),
         source=source,
+        key=key,
     )
 
 

@@ -1,5 +1,8 @@
 """Where records come from, by name."""
 
+import hashlib
+from pathlib import Path
+
 from relax.data.arithmetic import ArithmeticConfig, load_arithmetic
 from relax.data.conversations import ConversationsConfig, load_conversations
 from relax.data.countdown import CountdownConfig, load_countdown
@@ -19,3 +22,12 @@ SOURCES = {
 def load_records(config: RecordsConfig) -> Records:
     """Returns the records of a data group; raises ValueError or FileNotFoundError."""
     return SOURCES[config.kind][1](config)
+
+
+def records_key(config: RecordsConfig) -> str:
+    """Returns the sha256 of the file that records are read from; "" where none is."""
+    path = getattr(config, "path", None)
+    if path is None:
+        return ""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

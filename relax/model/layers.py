@@ -47,7 +47,7 @@ class Linear(hk.Module):
     """A matrix `[*in, *out]`, and a bias `[*out]` where `bias` is set.
 
     With an adapter also A, `lora_a` `[*in, r]`, drawn from U(-1/sqrt(in), 1/sqrt(in)),
-    and B, `lora_b` `[r, *out]`, zeros at first.
+    and B, `lora_b` `[r, *out]`, zeros at first, both float32: what is trained is.
     """
 
     in_shape: tuple[int, ...]
@@ -77,9 +77,9 @@ class Linear(hk.Module):
         rank, scale, rate, number = self.adapter
         bound = math.prod(self.in_shape) ** -0.5
         init = hk.initializers.RandomUniform(-bound, bound)
-        a = hk.get_parameter("lora_a", (*self.in_shape, rank), self.dtype, init)
+        a = hk.get_parameter("lora_a", (*self.in_shape, rank), jnp.float32, init)
         shape = (rank, *self.out_shape)
-        b = hk.get_parameter("lora_b", shape, self.dtype, jnp.zeros)
+        b = hk.get_parameter("lora_b", shape, jnp.float32, jnp.zeros)
         if rate and key is not None:
             x = dropout(x, rate, jax.random.fold_in(key, number))
         return linear(scale * linear(x, a, len(self.in_shape)), b)

@@ -1,6 +1,7 @@
 """Haiku parameter trees: paths, counts, scanned and unrolled layouts."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -20,6 +21,11 @@ _LAYER = re.compile(r"llama/layers_(\d+)/")
 
 def parameter_shapes(config: LlamaConfig) -> Params:
     """Returns the tree of `jax.ShapeDtypeStruct`s without computing anything."""
+    return {module: dict(leaves) for module, leaves in _traced_shapes(config).items()}
+
+
+@functools.cache  # tracing a model takes a tenth of a second, and a start asks often
+def _traced_shapes(config: LlamaConfig) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(make_llama(config).init, jax.random.key(0), tokens)
 

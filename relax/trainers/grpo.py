@@ -32,7 +32,13 @@ from relax.trainers.policy import MismatchError, Policy, make_scorer
 from relax.trainers.prompts import Prompt, PromptOrder
 from relax.trainers.sampler import Sampler
 
-__all__ = ["MismatchError", "check_together", "inspect", "make_task"]
+__all__ = [
+    "MismatchError",
+    "check_together",
+    "inspect",
+    "kept_on_resume",
+    "make_task",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +135,27 @@ def check_together(
         )
 
 
+def kept_on_resume(trainer: GRPOConfig) -> tuple[str, ...]:
+    """Returns the paths of what a run's checkpoints depend on.
+
+    A rollout that serves several steps is part of them.
+    """
+    kept = ["reference", "num_iterations", "steps_per_generation"]
+    if trainer.steps_per_rollout == 1:
+        return tuple(f"trainer.{name}" for name in kept)
+    kept += ["batch_size", "context", "num_generations"]
+    drawn = ("max_new_tokens", "top_k", "top_p", "min_p", "typical_p")
+    return (
+        *(f"trainer.{name}" for name in kept),
+        *(f"sampling.{name}" for name in drawn),
+    )
+
+
 def _check_rewards(prompt: Prompt, setup: Setup) -> None:
-    """Raises ValueError where a reward of ours can't judge what the data asks."""
+    """Raises ValueError where a reward of ours can't judge what the data asks.
+
+    Warns where the outcome reward does not call the data's own completion right.
+    """
     for name in setup.trainer.rewards:
         if name in NEEDS_ANSWER and prompt.answer is None:
             raise ValueError(
@@ -146,3 +171,16 @@ def _check_rewards(prompt: Prompt, setup: Setup) -> None:
                     f"trainer.rewards has {name}, which can't judge what the data "
                     f"asks, {prompt.text[:60]!r}: {error}; choose other rewards"
                 ) from error
+    name = setup.trainer.rewards[setup.trainer.outcome_index]
+    gold = prompt.record.get("completion")
+    if name in REWARDS and isinstance(gold, str):
+        found = REWARDS[name](as_sample(prompt, Completion(text=gold), 1))
+        if not found >= 1.0:
+            logger.warning(
+                "trainer.rewards: %s gives %s to the completion that the data has for "
+                "%r, %r",
+                name,
+                found,
+                prompt.text[:60],
+                gold[:60],
+            )

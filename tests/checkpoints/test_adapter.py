@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
 import relax
-from relax import LanguageModel, SamplingConfig
+from relax import LanguageModel, SamplingConfig, inference
 from relax.checkpoints.adapter import open_adapter
+from relax.config import to_values
 from relax.model.lora import base_of, merge, with_lora
 from relax.model.parameters import flat_parameters
-from relax.tasks import export
+from relax.tasks import export, score
+
+CONF = Path(__file__).parents[2] / "conf"
 
 # As for the checkpoints that are read.
 TOLERANCE = 1e-4
@@ -243,3 +247,31 @@ def test_an_adapter_of_another_model_is_refused(adapted):
         model.load_adapter(other)
     with pytest.raises(FileNotFoundError, match=r"adapter=nowhere: nowhere is not"):
         relax.load(peer.folder, adapter="nowhere")
+
+
+def test_infer_reads_an_adapter_beside_its_model(adapted, tmp_path, monkeypatch):
+    """By the scores of a text, which the model alone gives otherwise."""
+    peer, model, folder = adapted("Llama")
+    monkeypatch.setattr(inference, "configure", lambda config: None)
+    seen = []
+    monkeypatch.setattr(
+        score, "run", lambda config, model, sampling: seen.append(model)
+    )
+    for name in (None, str(folder)):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose(
+                "infer", ["task=score", f"checkpoint={peer.folder}", "prompt=a"]
+            )
+        inference.start(to_values(config) | {"adapter": name})
+    assert [loaded.config.lora_rank for loaded in seen] == [0, 5]
+    tokens = np.arange(6)[None]
+    np.testing.assert_array_equal(seen[1].logits(tokens), model.logits(tokens))
+    assert np.abs(seen[0].logits(tokens) - seen[1].logits(tokens)).max() > 0.1
+
+
+def test_an_adapter_is_no_checkpoint(adapted):
+    _, _, folder = adapted("Llama")
+    with pytest.raises(
+        ValueError, match=r"is a LoRA adapter of a model: infer\.py takes "
+    ):
+        relax.load(folder)

@@ -274,3 +274,13 @@ def test_frozen_matrices_cost_no_gradient(make_config):
 def test_wrong_values_are_named(make_config, fields, message):
     with pytest.raises(ValueError, match=message):
         make_config(**{"lora_rank": 5, **fields})
+
+
+def test_adapters_are_float32_beside_a_base_that_is_not(make_config):
+    shapes = parameter_shapes(make_config(param_dtype="bfloat16", **LORA))
+    found = {
+        (path.split("/")[-1], leaf.dtype.name) for path, leaf in flat_parameters(shapes)
+    }
+    assert found == {
+        *(("weight", "bfloat16"), ("lora_a", "float32"), ("lora_b", "float32"))
+    }
