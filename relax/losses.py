@@ -1,7 +1,8 @@
 """Losses of next-token prediction: pure functions of logprobs, one per formula.
 
-Each returns a sum over the mask, so that micro-batches add up to the big batch whatever
-their masks. Those of reinforcement learning are in `relax/policy_losses.py`.
+Each returns a sum over the mask, whose numbers are the targets' weights, so that
+micro-batches add up to the big batch whatever their masks. Those of reinforcement
+learning are in `relax/policy_losses.py`.
 """
 
 import jax.numpy as jnp
@@ -13,8 +14,16 @@ from relax.ops.logprobs import TokenStats
 def cross_entropy(
     logprobs: Float[Array, "B T"], loss_mask: Float[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the sum of -log p(target) in nats over the mask, and the mask's sum."""
-    return -jnp.sum(logprobs * loss_mask), jnp.sum(loss_mask)
+    """Returns the sum of -log p(target) in nats over the mask, and how many targets.
+
+    A target counts as one whatever its weight, so that a weight scales the loss.
+    """
+    return -jnp.sum(logprobs * loss_mask), jnp.sum(target_mask(loss_mask))
+
+
+def target_mask(loss_mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """Returns 1 for each target, which is a place with a weight, and 0 elsewhere."""
+    return (loss_mask != 0).astype(loss_mask.dtype)
 
 
 def smoothed_cross_entropy(

@@ -60,6 +60,11 @@ class PolicyOptions:
             value = getattr(self, name)
             if value is not None and not value >= 0.0:
                 raise ValueError(f"trainer.{name}={value} must be at least 0")
+            if value == math.inf:
+                raise ValueError(
+                    f"trainer.{name}={value} must be finite; give a number of at least "
+                    "0"
+                )
         if not 0.0 <= self.top_entropy_quantile <= 1.0:
             raise ValueError(
                 f"trainer.top_entropy_quantile={self.top_entropy_quantile} must be in "
@@ -69,6 +74,11 @@ class PolicyOptions:
             raise ValueError(
                 f"trainer.delta={self.delta} does nothing with trainer.loss_type="
                 f"{self.loss_type}, which does not clip; set it to null"
+            )
+        if self.delta == math.inf:
+            raise ValueError(
+                f"trainer.delta={self.delta} must be finite; set it to null, which is "
+                "off"
             )
         if self.delta is not None and not self.delta > 1.0 + self.upper:
             raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from relax.losses import cross_entropy, smoothed_cross_entropy, z_loss
+from relax.losses import cross_entropy, smoothed_cross_entropy, target_mask, z_loss
 from relax.model.lora import join, split_trainable
 from relax.ops.logprobs import TokenStats, compute_logits, mean_logits, token_stats
 from relax.policy_losses import PolicyOptions, policy_loss, policy_metrics
@@ -71,7 +71,8 @@ def make_language_model_loss(
     The function takes parameters, a batch (`tokens, targets, loss_mask` `[B, T]`, and
     `segment_ids` where rows are packed) and a dropout key (None: no dropout, and no
     noise on the embeddings). It gives the sum to be minimised and sums of metrics,
-    `weight` (the mask's sum) among them; `loss` is the cross entropy alone.
+    `weight` (how many targets, whatever they weigh) among them. `loss` is the cross
+    entropy alone, and accuracy and entropy are of every target alike.
     """
 
     def loss_fn(params, batch, key):
@@ -87,13 +88,14 @@ def make_language_model_loss(
             out.hidden, table, batch["targets"], vocab_size, max_logits=max_logits
         )
         loss, weight = cross_entropy(stats.logprobs, mask)
+        targets = target_mask(mask)
         sums = {
             "loss": loss,
             "weight": weight,
-            "mean_token_accuracy": jnp.sum(stats.correct * mask),
+            "mean_token_accuracy": jnp.sum(stats.correct * targets),
         }
         if with_entropy:
-            sums["entropy"] = jnp.sum(stats.entropy * mask)
+            sums["entropy"] = jnp.sum(stats.entropy * targets)
         if label_smoothing and key is not None:
             mean = mean_logits(out.hidden, table, vocab_size)
             loss = smoothed_cross_entropy(stats, mean, mask, label_smoothing)

@@ -31,6 +31,7 @@ from relax.model.config import LlamaConfig
 from relax.model.lora import NO_LORA
 from relax.model.parameters import parameter_count
 from relax.optim import OptimizerConfig, make_optimizer, make_schedule
+from relax.resuming import check_data, check_reached, own_changes
 from relax.run_folder import CONFIG_FILE, make_run_folder, write_provenance
 from relax.runtime import RuntimeConfig, configure
 from relax.sampling import SamplingConfig
@@ -217,7 +218,7 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
     """
     folder, name = resolve_run(reference, option="resume")
     config = load_config(folder / CONFIG_FILE)
-    changes = _own_changes(changes, config, folder)
+    changes = own_changes(changes, config, folder)
     kept = {**config, "model": NO_LORA | config["model"]}
     config = override(kept, changes)
     configs = typed(config)
@@ -237,7 +238,7 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
                 )
             info = checkpoints.info(step)
             progress = info.get("progress", {})
-            _check_reached(progress, configs.trainer, changes, folder)
+            check_reached(progress, configs.trainer, changes, folder)
             origin = Origin(**info.get("origin", {}))
             tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
             template = load_template(folder / TOKENIZER_FOLDER, tokenizer)
@@ -248,6 +249,7 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
             task = TRAINERS[configs.trainer.kind].make_task(setup)
             opened.callback(task.close)
             _check_stop_metric(configs.trainer, task)
+            check_data(info.get("data_key"), task, changes, folder)
             optimizer = make_optimizer(configs.optimizer, configs.trainer.num_steps)
             abstract = abstract_train_state(
                 setup.model, optimizer, setup.mesh, task.extra
@@ -261,34 +263,6 @@ def resume(reference: str, changes: Mapping[str, Any]) -> None:
         _train(configs, config, setup, task, origin, state, tokens)
 
 
-def _own_changes(
-    changes: Mapping[str, Any], config: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Returns the changes without choices of groups that the run has made itself.
-
-    `trainer=grpo` is how the command line comes by a trainer's values. Raises
-    ValueError for what a resumed run keeps.
-    """
-    changes = {path.lstrip("+"): value for path, value in changes.items()}
-    changes = {
-        path: value
-        for path, value in changes.items()
-        if not (path in ("trainer", "data") and value == config[path].get("kind"))
-    }
-    if "run_folder" in changes:
-        raise ValueError(
-            f"run_folder={changes['run_folder']}: a resumed run goes on in its own "
-            f"folder, {folder}; resume a copy of it to keep the original"
-        )
-    for group, what in (("tokenizer", "tokenizer"), ("init", "starting point")):
-        if fixed := [p for p in changes if p == group or p.startswith(f"{group}.")]:
-            raise ValueError(
-                f"{fixed[0]}={changes[fixed[0]]}: a resumed run keeps its {what}; "
-                "start a new run for another"
-            )
-    return changes
-
-
 def _check_kept(old: TrainingConfigs, new: TrainingConfigs, folder: Path) -> None:
     """Raises ValueError for a change that the run's own state has no place for."""
     for path in TRAINERS[old.trainer.kind].kept(old.trainer):
@@ -299,19 +273,6 @@ def _check_kept(old: TrainingConfigs, new: TrainingConfigs, folder: Path) -> Non
                 f"{path}={values[1]}: {folder} goes on with {values[0]}, which its "
                 f"checkpoint depends on; start a new run with init={folder}@last"
             )
-
-
-def _check_reached(
-    progress: Mapping[str, Any], trainer: LoopConfig, changes, folder: Path
-) -> None:
-    """Raises ValueError where the run has come to its goal, and has no other now."""
-    other = {"trainer.stop_metric", "trainer.stop_value"} & changes.keys()
-    if progress.get("reached") and trainer.stop_metric is not None and not other:
-        raise ValueError(
-            f"{folder} has reached trainer.stop_metric={trainer.stop_metric} "
-            f"trainer.stop_value={trainer.stop_value}: nothing is left; to go on, give "
-            "another value, or null for both"
-        )
 
 
 def _check_stop_metric(trainer: LoopConfig, task: Task) -> None:
@@ -382,7 +343,7 @@ def _train(
             f"{parameter_count(setup.model):,} parameters on {setup.mesh.size} "
             f"{jax.default_backend()} device(s), steps {step} to {total}, in {folder}"
         )
-        info = checkpoint_info(setup.model, origin)
+        info = checkpoint_info(setup.model, origin) | {"data_key": task.data_key}
         places = setup.mesh, checkpoints, tracker, folder, info, num_tokens
         Loop(configs.trainer, task, *places).run(state)
         tracker.message(f"done: python infer.py checkpoint={folder}")

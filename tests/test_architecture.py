@@ -32,12 +32,13 @@ ROOMS = {
     "trainers": PARTS,
     "tasks": PARTS | {"language_model"},
     "build": PARTS | {"language_model", "config"},
+    "resuming": {"trainers"},
     "base_model": PARTS | {"build", "language_model"},
     "run_folder": {"config"},
     "training": PARTS
     | {
-        *("base_model", "build", "config", "language_model", "run_folder"),
-        *("runtime", "trainers"),
+        *("base_model", "build", "config", "language_model", "resuming"),
+        *("run_folder", "runtime", "trainers"),
     },
     "inference": PARTS | {"build", "config", "runtime", "language_model", "tasks"},
     "cli": {"trainers"},

@@ -1,11 +1,13 @@
 """Losses against numbers worked out by hand, and against torch's."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relax.losses import cross_entropy, smoothed_cross_entropy, z_loss
+from relax.losses import cross_entropy, smoothed_cross_entropy, target_mask, z_loss
 from relax.ops.logprobs import TokenStats, mean_logits, token_stats
 
 MASK = jnp.array([[1.0, 0.0, 1.0], [0.5, 1.0, 0.0]])
@@ -16,7 +18,29 @@ def test_cross_entropy_sums_over_the_mask(transform):
     logprobs = jnp.array([[-0.5, -7.0, -2.0], [-3.0, -0.25, -11.0]])
     loss, weight = transform(cross_entropy)(logprobs, MASK)
     assert loss == 0.5 + 2.0 + 0.5 * 3.0 + 0.25
-    assert weight == 3.5
+    assert weight == 4
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_weights_scale_the_loss_and_not_what_divides_it(transform):
+    """Over parts too, as of an accumulation, of which one has no target."""
+    logprobs = jnp.array([[-8.0, -7.0, -2.0], [-3.0, -0.25, -11.0]])
+    whole = (8 + 2 + 3 + 0.25) / 4
+    for weight in (1.0, 0.125, 3.0):
+        mask = weight * (MASK > 0)
+        for split in ([0, 2], [0, 1, 2], [0, 0, 2]):
+            parts = [
+                transform(cross_entropy)(logprobs[a:b], mask[a:b])
+                for a, b in pairwise(split)
+            ]
+            loss, count = map(sum, zip(*parts, strict=True))
+            assert count == 4
+            assert loss / count == weight * whole
+
+
+def test_targets_are_the_places_with_a_weight():
+    assert target_mask(MASK).tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert target_mask(MASK).dtype == MASK.dtype
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["plain", "jit"])

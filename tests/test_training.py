@@ -137,6 +137,23 @@ def test_a_run_that_has_come_to_its_goal_ends_and_stays_ended(run):
     assert steps(run) == [2, 4, 6]
 
 
+def test_data_that_has_changed_is_noticed(run, finished):
+    """Put back, or named again, the run goes on."""
+    text = finished.parent / "text.txt"
+    before = text.read_text()
+    try:
+        text.write_text(before + "Ay, there's the rub.\n")
+        with pytest.raises(ValueError, match=r"the data of .* has changed since: put "):
+            training.resume(f"{run}@4", {})
+        assert steps(run) == [2, 4, 6]
+        training.resume(f"{run}@4", {"data.path": str(text)})
+    finally:
+        text.write_text(before)
+    assert steps(run) == [2, 4, 6]
+    with pytest.raises(ValueError, match=r"the data of .* has changed since: put "):
+        training.resume(f"{run}@6", {"trainer.num_steps": 7})
+
+
 def composed(*overrides) -> training.TrainingConfigs:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", ["name=small", "run_folder=small", *overrides])

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import track
 
 from relax.data.cache import cache_key, write_atomically
+from relax.data.forms import is_chat
 from relax.data.records import Record
 from relax.data.targets import Encoded, RecordEncoder, Template, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1  # of the cached files; raise it when what is encoded changes
-_USED = ("messages", "prompt", "completion", "text")  # of a record
+_FORMAT_VERSION = 2  # of the cached files; raise it when what is encoded changes
+_USED = ("messages", "prompt", "completion", "text", "tools")  # of a record
 _ARRAYS = ("tokens", "weights", "offsets")
 _COUNTS = "counts.json"
 
@@ -103,7 +104,7 @@ def _encode(
 ) -> Examples:
     # Arrays of the standard library grow in place, at four bytes a number.
     tokens, weights, offsets = array("I"), array("f"), array("q", [0])
-    dropped = truncated = 0
+    dropped = truncated = unwritten = 0
     console = Console(stderr=True)
     shown = track(
         records,
@@ -114,6 +115,7 @@ def _encode(
     )
     for index, record in enumerate(shown, start=first_index):
         encoded = _encode_one(encoder, record, index)
+        unwritten += _has_unwritten_tools(encoder, record)
         kept = encoded.weights[:max_length]
         if not kept.any():
             dropped += 1
@@ -122,6 +124,14 @@ def _encode(
         tokens.extend(encoded.tokens[:max_length])
         weights.frombytes(kept.tobytes())
         offsets.append(len(tokens))
+    if unwritten:
+        logger.warning(
+            "data: %d of %d records have tools, which chat template %s does not write; "
+            "choose one that does with data.template",
+            unwritten,
+            len(records),
+            encoder.template.name,
+        )
     small = encoder.tokenizer.vocab_size <= 2**16
     by_token = np.frombuffer(weights, np.float32)
     whole = np.isin(by_token, (0, 1)).all()
@@ -141,6 +151,12 @@ def _encode_one(encoder: RecordEncoder, record: Record, index: int) -> Encoded:
         raise ValueError(f"data: record {index}: {error}") from error
 
 
+def _has_unwritten_tools(encoder: RecordEncoder, record: Record) -> bool:
+    if not record.get("tools") or not is_chat(record, chat=encoder.as_messages):
+        return False
+    return "tools" not in encoder.template.source
+
+
 def _key(records: Sequence[Record], encoder: RecordEncoder, max_length: int) -> str:
     template = encoder.template
     settings = {
@@ -152,8 +168,9 @@ def _key(records: Sequence[Record], encoder: RecordEncoder, max_length: int) -> 
         "max_length": max_length,
     }
     used = ({k: record[k] for k in _USED if k in record} for record in records)
-    parts = (settings, *used)
-    return cache_key(json.dumps(part, sort_keys=True) for part in parts)
+    # Keys in their order: templates write the tools' as they are.
+    parts = (json.dumps(settings, sort_keys=True), *map(json.dumps, used))
+    return cache_key(parts)
 
 
 def _save(folder: Path, examples: Examples) -> None:

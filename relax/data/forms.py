@@ -4,6 +4,7 @@ A message is `{"role", "content"}`, its content a text, and may hold a `weight`,
 which the loss of its tokens is multiplied.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def normalise(
                 f"it has no {' and no '.join(missing)} (keys: {', '.join(record)})"
             )
         others = {k: v for k, v in record.items() if k not in (*keys, *optional)}
-        return others | convert(record, chat)
+        return with_tools(others | convert(record, chat), chat=chat)
     except ValueError as error:
         raise ValueError(f"data.form={form}: record {index}: {error}") from None
 
@@ -66,6 +67,44 @@ def both_alike(
     if completion is None:
         return asked, None
     return asked, _as_messages(completion, "assistant", names[1])
+
+
+def with_tools(record: Record, *, chat: bool = False) -> Record:
+    """Returns a record whose `tools`, where it has messages, are a list or missing.
+
+    In files they may be null, or JSON in a text. chat: whether prompts that are texts
+    become messages. Raises ValueError for what is no list of objects.
+    """
+    if "tools" not in record or not is_chat(record, chat=chat):
+        return record
+    others = {key: value for key, value in record.items() if key != "tools"}
+    tools = read_tools(record["tools"])
+    return others if tools is None else others | {"tools": tools}
+
+
+def is_chat(record: Record, *, chat: bool) -> bool:
+    """Whether a record is or, with `chat`, becomes messages."""
+    prompt = record.get("prompt")
+    return "messages" in record or isinstance(prompt, list) or (chat and bool(prompt))
+
+
+def read_tools(tools: object) -> list[Mapping[str, Any]] | None:
+    """Returns the JSON schemas of a record's `tools`, as chat templates take them."""
+    given = tools
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            tools = given
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(t, Mapping) for t in tools):
+        raise ValueError(
+            f"tools={json.dumps(given)[:60]} is no list of JSON schemas; give "
+            'one, like [{"type": "function", "function": {"name": ...}}], or leave '
+            "tools out"
+        )
+    return tools
 
 
 def _recognise(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relax.data.forms import both_alike
+from relax.data.forms import both_alike, with_tools
 from relax.data.records import (
     Record,
     Records,
@@ -67,7 +67,8 @@ def load_prompts(config: PromptsConfig) -> Records:
 
     Answers are texts, numbers of the file as JSON writes them. A prompt and its
     completion are both texts or both messages: where the file has one of each, the text
-    becomes what the user says, or the assistant. Raises FileNotFoundError, or
+    becomes what the user says, or the assistant; `tools` beside messages become a list.
+    Raises FileNotFoundError, or
     ValueError with the record that lacks a column, or holds something else there.
     """
     path, validation_path = _paths(config)
@@ -139,7 +140,7 @@ def _record(columns: Record, config: PromptsConfig) -> Record:
     record["prompt"] = prompt
     if completion is not None:
         record["completion"] = completion
-    return record
+    return with_tools(record, chat=config.template is not None)
 
 
 def _column(columns: Record, field: str, name: str) -> Any:

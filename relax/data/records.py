@@ -2,7 +2,8 @@
 
 A record is a dict of one of three forms, and may hold more:
 `{"messages": [...]}`, `{"prompt": ..., "completion": ...}` (texts or messages; no
-completion where only a prompt is needed) and `{"text": ...}`.
+completion where only a prompt is needed) and `{"text": ...}`. Beside messages, `tools`
+are the JSON schemas of what the assistant may call, which chat templates write.
 """
 
 import json
@@ -64,7 +65,7 @@ def read_json_records(path: str, option: str = "data.path") -> list[Record]:
             f"{option}={path} is no file; give a .json or .jsonl file"
         )
     try:
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode("utf-8-sig")  # Windows may begin it with a BOM
         records = _parse(text, file.suffix)
     except ValueError as error:
         raise ValueError(f"{option}={path}: {error}") from error
@@ -95,9 +96,24 @@ def split_records(
     return records[:cut], records[cut:]
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
 def _parse(text: str, suffix: str) -> list[Any]:
     if suffix == ".json":
-        whole = json.loads(text)
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError as error:
+            if _is_json(text.lstrip().partition("\n")[0]):
+                raise ValueError(
+                    f"{error}; it looks like JSON lines: name the file .jsonl"
+                ) from error
+            raise
         if not isinstance(whole, list):
             raise ValueError("the file is no JSON array; write one, or .jsonl lines")
         return whole

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from relax.data.forms import both_alike
+from relax.data.forms import both_alike, read_tools
 from relax.data.records import Record
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None  # JSON schemas of what may be called
 
 
 class Tokenizer(Protocol):
@@ -42,10 +43,11 @@ class Template(Protocol):
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = False,
+        tools: Tools = None,
     ) -> list[int]: ...
 
     def encode_with_mask(
-        self, tokenizer: Tokenizer, messages: Sequence[Message]
+        self, tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools = None
     ) -> tuple[list[int], list[bool]]: ...
 
 
@@ -89,7 +91,7 @@ class RecordEncoder:
 
     def __call__(self, record: Record) -> Encoded:
         if "messages" in record:
-            tokens, weights = self._chat(record["messages"], None, "assistant")
+            tokens, weights = self._chat(record, record["messages"], None)
         elif "prompt" in record:
             tokens, weights = self._prompted(record)
         else:
@@ -113,7 +115,7 @@ class RecordEncoder:
                 return self._plain(prompt, completion, "completion")
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
-        return self._chat([*prompt, *completion], len(prompt), "completion")
+        return self._chat(record, [*prompt, *completion], len(prompt))
 
     def _plain(self, prompt: str, completion: str, usual: str) -> Encoded:
         mode = usual if self.loss_on == "auto" else self.loss_on
@@ -135,16 +137,18 @@ class RecordEncoder:
         return Encoded(tokens, (np.arange(len(tokens)) >= start).astype(np.float32))
 
     def _chat(
-        self, messages: Sequence[Message], prompt: int | None, usual: str
+        self, record: Record, messages: Sequence[Message], prompt: int | None
     ) -> Encoded:
         """prompt: how many of the messages are it; None: all before the last reply."""
+        tools = read_tools(record.get("tools"))
         if self.template is None:
             raise ValueError(
                 "data.template=null, and the model has no chat template: choose one of "
                 f"{', '.join(self.template_names)}, or give a .jinja file"
             )
+        usual = "assistant" if prompt is None else "completion"
         mode = usual if self.loss_on == "auto" else self.loss_on
-        chat = Chat(self.tokenizer, self.template, messages)
+        chat = Chat(self.tokenizer, self.template, messages, tools)
         if mode == "all":
             encoded = chat.whole()
         elif mode == "completion":
@@ -181,10 +185,15 @@ class Chat:
     """A conversation as a template writes it, and where its messages stand in it."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: Template, messages: Sequence[Message]
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        messages: Sequence[Message],
+        tools: Tools = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._tools = tools
         self._messages = [
             {key: v for key, v in message.items() if key != "weight"}
             for message in messages
@@ -222,11 +231,8 @@ class Chat:
         self._first_of(trained)
         weights = [w if i in trained else 0.0 for i, w in enumerate(self._weights)]
         if self._template.has_generation_marks:
-            tokens, marked = self._template.encode_with_mask(
-                self._tokenizer, self._messages
-            )
-            by_token = self._by_reply(tokens, np.asarray(marked), weights)
-            return Encoded(tokens, by_token * np.asarray(marked))
+            tokens, marked = self._encode_marked(len(self._messages))
+            return Encoded(tokens, self._by_reply(tokens, marked, weights) * marked)
         tokens = self._encode(len(self._messages))
         by_token = np.zeros(len(tokens), np.float32)
         for i in trained:
@@ -242,8 +248,17 @@ class Chat:
 
     def _encode(self, count: int, *, header: bool = False) -> list[int]:
         return self._template.encode(
-            self._tokenizer, self._messages[:count], add_generation_prompt=header
+            self._tokenizer,
+            self._messages[:count],
+            add_generation_prompt=header,
+            tools=self._tools,
         )
+
+    def _encode_marked(self, count: int) -> tuple[list[int], np.ndarray]:
+        tokens, marked = self._template.encode_with_mask(
+            self._tokenizer, self._messages[:count], tools=self._tools
+        )
+        return tokens, np.asarray(marked, bool)
 
     def _place(self, tokens: Sequence[int], count: int, *, header: bool = False) -> int:
         """Returns how many of the tokens are those of the first `count` messages.
@@ -277,15 +292,38 @@ class Chat:
     ) -> np.ndarray:
         """Returns for each marked token the weight of its reply."""
         of_replies = np.array([weights[i] for i in self._replies], np.float32)
-        begins = np.diff(marked.astype(np.int8), prepend=0) == 1
-        if np.count_nonzero(begins) == len(of_replies):
-            return of_replies[np.maximum(np.cumsum(begins) - 1, 0)]
+        if (of_replies == of_replies[0]).all():
+            return np.full(len(tokens), of_replies[0])
+        if self._has_span_each(marked):
+            begun = np.cumsum(_begins(marked))
+            return of_replies[np.maximum(begun - 1, 0)]
         # Replies that nothing parts, or of several marked spans. Messages between them
         # have no marks, and so may take the weight of the reply before.
         carried = np.maximum.accumulate(
             [i if i in self._replies else self._replies[0] for i in range(len(weights))]
         )
         return self._by_message(tokens, [weights[i] for i in carried])
+
+    def _has_span_each(self, marked: np.ndarray) -> bool:
+        """Whether every reply surely stands in one marked span of its own.
+
+        What is before a reply has as many spans as replies then, for each of them: an
+        empty reply and one of two spans make up for each other in the whole alone.
+        """
+        if _begins(marked).sum() != len(self._replies):
+            return False
+        try:
+            return all(
+                _begins(self._encode_marked(i)[1]).sum() == count
+                for count, i in enumerate(self._replies[1:], start=1)
+            )
+        except ValueError:  # the template refuses a part of the conversation
+            return False
+
+
+def _begins(marked: np.ndarray) -> np.ndarray:
+    """Returns where a span of marked tokens begins."""
+    return np.diff(marked.astype(np.int8), prepend=0) == 1
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

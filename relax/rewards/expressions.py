@@ -9,7 +9,8 @@ _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2}
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 _MAX_LENGTH = 1000  # characters
-_SUM = re.compile(r"([-+*/()0-9 ×·÷−]*[0-9)] ?)=\s*\??\s*$")
+_SUM = "-+*/()0123456789 ×·÷−"  # characters
+_SUM_END = re.compile(r"[0-9)] ?\Z")
 
 
 def arithmetic(sample: Sample) -> float:
@@ -18,11 +19,12 @@ def arithmetic(sample: Sample) -> float:
     A whole value is written in digits, as 46, another as a fraction in lowest terms.
     Raises ValueError where the prompt doesn't end in an expression and =.
     """
-    match = _SUM.search(prompt_text(sample))
-    value = evaluate(match[1]) if match else None
+    prompt = prompt_text(sample)
+    value = _value_asked(prompt.rstrip().removesuffix("?").rstrip())
     if value is None:
-        end = prompt_text(sample)[-80:]
-        raise ValueError(f"the prompt {end!r} doesn't end in a sum, like 12+34=")
+        raise ValueError(
+            f"the prompt {prompt[-80:]!r} doesn't end in a sum, like 12+34="
+        )
     return float(sample.completion.strip() == str(value))
 
 
@@ -60,6 +62,15 @@ def evaluate(text: str) -> Fraction | None:
     """
     tokens = _tokens(text)
     return None if tokens is None else _evaluate(tokens)
+
+
+def _value_asked(text: str) -> Fraction | None:
+    """Returns the value of the expression before the = that ends a text, or None."""
+    if not text.endswith("="):
+        return None
+    text = text[:-1]
+    expression = text[len(text.rstrip(_SUM)) :]
+    return evaluate(expression) if _SUM_END.search(expression[-2:]) else None
 
 
 def _tokens(text: str) -> list[str] | None:

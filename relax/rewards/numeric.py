@@ -17,18 +17,29 @@ _NUMBER = re.compile(
     rf"(?P<number>{_DECIMAL})(?P<power>[eE][-+]?[0-9]+(?!\w))?+"
     rf"(?:\s*/\s*(?P<below>{_DECIMAL}))?+(?!,?[0-9])"
 )
-_FRACTION = re.compile(
-    r"\\[dt]?frac\s*(?:\{\s*([^{}]*?)\s*\}|([0-9]))\s*(?:\{\s*([^{}]*?)\s*\}|([0-9]))"
-)
+_PART = r"\s*+(?:\{([^{}]*+)\}|([0-9]))"
+_FRACTION = re.compile(rf"\\[dt]?frac{_PART}{_PART}")
 # Whitespace, units and marks of LaTeX that leave a number as it is.
 _LATEX = (
-    (re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}"), " "),
+    (re.compile(r"\\(?:text|mathrm|mbox)\s*+\{[^{}]*+\}"), " "),
     (re.compile(r"\{,\}|\\[,!;]"), ""),
     (re.compile(r"\\(?:left|right|quad)\b|\\ |~|\^\{?\\circ\}?"), " "),
     (re.compile(r"\\([$%])"), r"\1"),
 )
 _BRACE = re.compile(r"\\boxed\{|[{}]")
-_UNREAD = re.compile(r"\\[a-zA-Z]|\^")
+_EMPHASIS = re.compile(r"\*\*|`|\\[()\[\]]")  # Markdown's, and LaTeX's formulas
+_LETTER = r"[^\W\d_]"
+# Behind a number: a unit, a word too long for a product of variables, or per hour.
+_UNIT = re.compile(
+    r"[\s°]*(?:[ckm]?m|[km]?g|m?[lL]|[kKMG][BW]|kWh|lbs?|oz|ft|in|yds?|mi|[kKm]ph|[ap]m"
+    rf"|ms|s|secs?|mins?|h|hrs?|st|nd|rd|th|[CF])(?:\^[23]|[²³]|/{_LETTER}+)?(?!\w)"
+    rf"|{_LETTER}{{4,}}+(?!\w)|\s*/\s*{_LETTER}{{2,}}+(?!\w)"
+)
+_JOINT = re.compile(rf"(?<={_LETTER})[-/](?={_LETTER})")
+_MATHS = re.compile(r"[\d²³¹¼½¾*/^+<>|_\\√×÷·±∞≤≥≠-]")
+_BEFORE = re.compile(rf"(?:(?<!{_LETTER}){_LETTER}|{_LETTER}[(\[{{])\Z")  # x7, f(7)
+_BEHIND = re.compile(r"[\w(\[{]|\s*!")  # 7x, 7(x), 7!
+_AFTER = re.compile(rf"=|(?<!\w)(?<!['’])(?!a){_LETTER}(?!['’\w])")  # 7 = x, 7 x
 _MAX_LENGTH = 1000  # characters; beyond some 4,000 digits Python refuses to read any
 _MAX_POWER = 400  # beyond a double's range; 10**power is written out
 
@@ -56,10 +67,11 @@ def marked_number(text: str) -> Fraction | None:
     """Returns the number of a marked answer, or None where there is none.
 
     Commas between thousands, $, %, a trailing dot and units are no part of it; 3/4,
-    1 1/2 and \\frac{3}{4} are fractions. A box with other mathematics has none.
+    1 1/2 and \\frac{3}{4} are fractions; words may stand around it, as in x = 7. An
+    answer with other mathematics or a further number has none: 5x, 5!, 12:30, 5 or 6.
     """
     marked = _marked(text)
-    return None if marked is None else first_number(marked)
+    return None if marked is None else _only_number(marked)
 
 
 def first_number(text: str) -> Fraction | None:
@@ -68,11 +80,28 @@ def first_number(text: str) -> Fraction | None:
     return _value(match) if match else None
 
 
+def _only_number(text: str) -> Fraction | None:
+    """Returns the number of a text that holds one, and of mathematics nothing else."""
+    text = _EMPHASIS.sub(" ", _plain(text))
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    before, after = text[: match.start()], text[match.end() :]
+    if unit := _UNIT.match(after):
+        after = after[unit.end() :]
+    elif _BEHIND.match(after):
+        return None
+    others = (_MATHS.search(_JOINT.sub(" ", part)) for part in (before, after))
+    if any(others) or _BEFORE.search(before) or _AFTER.search(after):
+        return None
+    return _value(match)
+
+
 def _compare(sample: Sample, found: Fraction | None) -> float | None:
     if sample.answer is None:
         return None
     answer = _marked(sample.answer)
-    wanted = first_number(sample.answer if answer is None else answer)
+    wanted = first_number(sample.answer) if answer is None else _only_number(answer)
     if wanted is None:
         raise ValueError(f"the answer {sample.answer!r} is no number")
     return float(found == wanted)
@@ -84,11 +113,9 @@ def _marked(text: str) -> str | None:
     if tagged is not None:
         text = tagged
     if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
+        tagged = text = text.rpartition("####")[2].strip().partition("\n")[0]
     boxed = _boxed(text)
-    if boxed is not None:
-        return "" if _UNREAD.search(_plain(boxed)) else boxed
-    return tagged
+    return tagged if boxed is None else boxed
 
 
 def _boxed(text: str) -> str | None:
@@ -112,8 +139,8 @@ def _plain(text: str) -> str:
 
 
 def _slash(match: re.Match) -> str:
-    above, below = match[1] or match[2], match[3] or match[4]
-    mixed = match.string[: match.start()][-1:].isdigit()
+    above, below = ((match[i] or match[i + 1]).strip() for i in (1, 3))
+    mixed = match.string[max(match.start() - 1, 0) : match.start()].isdigit()
     return f"{' ' if mixed else ''}{above}/{below}"
 
 

@@ -4,8 +4,9 @@ import re
 
 from relax.rewards.samples import Sample
 
-_FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
+_TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 # DAPO's L_cache / L_max: 4,096 of 20,480 tokens.
 _BUFFER = 0.2
 
@@ -19,8 +20,9 @@ def exact_match(sample: Sample) -> float | None:
 
 def think_answer(sample: Sample) -> float:
     """Returns 1 for `<think>..</think> <answer>..</answer>` alone, each tag once."""
-    match = _FORMAT.fullmatch(sample.completion)
-    return float(bool(match) and not any(map(_TAG.search, match.groups())))
+    # Counted first: with each tag there once, the pattern has one way to match.
+    tags = _TAG.findall(sample.completion)
+    return float(tags == _TAGS and bool(_FORMAT.fullmatch(sample.completion)))
 
 
 def ends(sample: Sample) -> float:

@@ -64,7 +64,9 @@ class ChatTemplate:
     """A Jinja template, with the variables that it knows besides the messages.
 
     Its errors are ValueErrors that name it: here where it is not Jinja, and in its
-    methods where it refuses the messages (in its own words) or fails on them.
+    methods where it refuses the messages (in its own words) or fails on them. Other
+    variables go to its methods by name, such as `tools`, the JSON schemas of what the
+    assistant may call, which it sees as they are, as from transformers 5.23.
     """
 
     def __init__(
@@ -232,20 +234,27 @@ class ChatTemplate:
         """Returns a text with marks for what the template puts together, as <|role|>.
 
         To tell that from what messages spell, they are rendered with other characters
-        for those of special tokens, except one-word roles. Where this changes more
-        than the characters, nothing is marked.
+        for those of special tokens, except roles and what stands in variables, such
+        as a tool's type, of one word. Where this changes more than the characters,
+        nothing is marked.
         """
 
         def disguised(text: str) -> str:
             return text.translate(table)
 
+        def by_words(text: str) -> str:
+            return text if text.isidentifier() else disguised(text)
+
         table = str.maketrans(marks.disguise)
         messages = [changed_message(m, disguised) for m in chat.messages]
         variables = {
-            name: value if name in self.variables else with_strings(value, disguised)
+            name: value if name in self.variables else with_strings(value, by_words)
             for name, value in chat.variables.items()
         }
-        other = self._render(_Chat(messages, variables), marks, marks.spans)
+        try:
+            other = self._render(_Chat(messages, variables), marks, marks.spans)
+        except ValueError:  # it looks into what the words say
+            return text
         back = str.maketrans({mark: c for c, mark in marks.disguise.items()})
         same = other.translate(back) == text
         return marks.mark(other).translate(back) if same else text

@@ -106,12 +106,18 @@ def strings_in(value: object) -> Iterator[str]:
 
 
 def with_strings(value: object, change: Callable[[str], str]) -> object:
-    """Returns nested lists and dicts with every string changed, keys included."""
+    """Returns nested lists and dicts with their strings changed.
+
+    So are their keys, but those of one word, by which templates look things up.
+    """
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
         return {
-            with_strings(k, change): with_strings(v, change) for k, v in value.items()
+            k if str(k).isidentifier() else with_strings(k, change): with_strings(
+                v, change
+            )
+            for k, v in value.items()
         }
     if isinstance(value, list | tuple):
         return [with_strings(item, change) for item in value]

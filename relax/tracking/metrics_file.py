@@ -19,7 +19,10 @@ class MetricsFile:
         if resume_step is not None:
             cut_back(path, resume_step)
         mode = "w" if resume_step is None else "a"
-        self._file = path.open(mode, encoding="utf-8", newline="\n")
+        # Half a surrogate pair, which UTF-8 lacks, becomes the escape that JSON has.
+        self._file = path.open(
+            mode, encoding="utf-8", errors="backslashreplace", newline="\n"
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row of what JSON can say; NaN and infinity become null."""

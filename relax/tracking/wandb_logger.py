@@ -65,7 +65,7 @@ class WandbLogger:
     def log_table(self, step: int, name: str, rows: list[dict]) -> None:
         """Logs the rows as one table, a column per key."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[row.get(column) for column in columns] for row in rows]
+        cells = [[_encodable(row.get(column)) for column in columns] for row in rows]
         table = self._wandb.Table(columns=columns, data=cells)
         self._run.log({"step": step, name: table})
 
@@ -79,6 +79,13 @@ class WandbLogger:
             self._run.finish(exit_code=int(failed))
         except Exception as error:  # no trouble of wandb's may fail a training now
             log.warning("wandb did not finish: %s; `wandb sync` can, later", error)
+
+
+def _encodable(cell: Any) -> Any:
+    """Returns a text with half surrogate pairs, which UTF-8 lacks, spelled out."""
+    if not isinstance(cell, str):
+        return cell
+    return cell.encode("utf-8", "backslashreplace").decode()
 
 
 def _start(wandb: ModuleType, mode: str | None, **options: Any) -> Any:

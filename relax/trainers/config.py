@@ -1,5 +1,6 @@
 """What every trainer is told."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,11 @@ class LoopConfig:
                 f"trainer.stop_metric={self.stop_metric} and trainer.stop_value="
                 f"{self.stop_value}: give both, or null for both"
             )
+        if self.stop_value is not None and not math.isfinite(self.stop_value):
+            raise ValueError(
+                f"trainer.stop_value={self.stop_value} must be finite, or null with "
+                "trainer.stop_metric=null"
+            )
         if self.stop_metric is not None and not self.eval_every:
             raise ValueError(
                 f"trainer.stop_metric={self.stop_metric} is looked at in evaluations, "
@@ -94,6 +100,11 @@ class LoopConfig:
         value = getattr(self, name)
         if not value >= least:
             raise ValueError(f"trainer.{name}={value} must be at least {least}")
+        if value == math.inf:
+            raise ValueError(
+                f"trainer.{name}={value} must be finite; give a number of at least "
+                f"{least}"
+            )
 
     def _choose(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

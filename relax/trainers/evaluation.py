@@ -1,18 +1,21 @@
 """How well held-out prompts are completed."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from relax.data.records import Records
+from relax.data.records import Record, Records
 from relax.generation.requests import Completion, Request
 from relax.rewards import RewardScorer, Sample
 from relax.trainers.config import Setup
 from relax.trainers.loop import Evaluation
-from relax.trainers.prompts import Prompt, check_length, make_prompt
+from relax.trainers.prompts import LengthError, Prompt, check_length, make_prompt
 from relax.trainers.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 FIRST_INDEX = 2**31  # of held-out prompts: no key of theirs is one of training's
 
@@ -43,11 +46,9 @@ def held_out_prompts(
         )
     prompts = []
     for index in range(len(held_out)):
-        prompt = make_prompt(held_out[index], first + index, setup)
         try:
-            check_length(prompt, first + index, setup, "model.max_position_embeddings")
-            prompts.append(prompt)
-        except ValueError:
+            prompts.append(_held_out_prompt(setup, held_out[index], first + index))
+        except LengthError:
             if not skip_long:
                 raise
         if len(prompts) == count:
@@ -58,6 +59,36 @@ def held_out_prompts(
             "fits model.max_position_embeddings; set trainer.eval_prompts=0"
         )
     return prompts
+
+
+def prompts_that_fit(setup: Setup, records: Records, count: int) -> list[Prompt]:
+    """Returns the first `count` prompts of held-out records, of those that fit.
+
+    How many records were passed over, and why the first, is logged.
+    """
+    held_out, first = records.validation, len(records.train)
+    prompts, reasons = [], []
+    for index in range(len(held_out)):
+        try:
+            prompts.append(_held_out_prompt(setup, held_out[index], first + index))
+        except ValueError as error:
+            reasons.append(error)
+        if len(prompts) == count:
+            break
+    if reasons:
+        logger.warning(
+            "data: %d of the first %d held-out records are not completed: %s",
+            len(reasons),
+            len(prompts) + len(reasons),
+            reasons[0] if len(reasons) == 1 else f"{reasons[0]}, to name the first",
+        )
+    return prompts
+
+
+def _held_out_prompt(setup: Setup, record: Record, index: int) -> Prompt:
+    prompt = make_prompt(record, index, setup)
+    check_length(prompt, index, setup, "model.max_position_embeddings")
+    return prompt
 
 
 def completion_metrics(setup: Setup) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import logging
 
 import jax
 
-from relax.data.sources import load_records
+from relax.data.sources import load_records, records_key
 from relax.generation.requests import Completion
 from relax.model.config import LlamaConfig
 from relax.rewards import NEEDS_ANSWER, REWARDS, find_reward
@@ -93,6 +93,7 @@ def make_task(setup: Setup) -> Task:
         saved=policy.saved,
         restore=policy.restore,
         close=opened.close,
+        data_key=records_key(setup.data),
     )
 
 

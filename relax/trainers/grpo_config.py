@@ -1,11 +1,14 @@
 """What the GRPO trainer is told."""
 
+import logging
 from dataclasses import dataclass, fields
 
 from relax.advantages import SCALE_REWARDS
 from relax.policy_losses import PolicyOptions
 from relax.sampling import SamplingConfig
 from relax.trainers.config import LoopConfig, check_seed
+
+logger = logging.getLogger(__name__)
 
 REFERENCES = ("none", "frozen", "base", "synced")
 # Sampling options under which a token is not drawn from the softmax that is trained.
@@ -149,6 +152,13 @@ class GRPOConfig(PolicyOptions, LoopConfig):
                 f"trainer.num_generations={self.num_generations} must be at least 2 "
                 "with trainer.scale_rewards=group: a group of one has no spread"
             )
+        if self.num_generations < 2:
+            logger.warning(
+                "trainer.num_generations=1 compares a completion with itself: with "
+                "trainer.scale_rewards=%s all advantages are 0, and rewards teach "
+                "nothing; set trainer.num_generations=2 or more",
+                self.scale_rewards,
+            )
         if self.rows_per_rollout % self.num_generations:
             raise ValueError(
                 f"trainer.batch_size x trainer.steps_per_generation = "
@@ -167,6 +177,11 @@ class GRPOConfig(PolicyOptions, LoopConfig):
     def _check_rewards(self) -> None:
         if not self.rewards:
             raise ValueError("trainer.rewards=[] names no reward")
+        if self.reward_weights and not any(self.reward_weights):
+            raise ValueError(
+                f"trainer.reward_weights={list(self.reward_weights)} leaves no reward "
+                "that counts; give one above 0, or [] for 1 each"
+            )
         if self.outcome_reward not in (None, *self.rewards):
             raise ValueError(
                 f"trainer.outcome_reward={self.outcome_reward!r} is none of "

@@ -36,6 +36,18 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number
 
 
+class Interrupted(KeyboardInterrupt):
+    """A second Ctrl-C ended the run at once; `has_checkpoint`: whether one is kept.
+
+    No Exception: what is interrupted must not take it for its own.
+    """
+
+    def __init__(self, signal_number: int, has_checkpoint: bool):
+        super().__init__()
+        self.exit_code = 128 + signal_number
+        self.has_checkpoint = has_checkpoint
+
+
 class Evaluation(NamedTuple):
     """What an evaluation found: metrics, and samples as `Tracker.log_samples` takes."""
 
@@ -67,7 +79,7 @@ class Task:
     raises where these say that the run must not go on. extra: params -> what the train
     state is to keep besides. progress, restore: what a checkpoint keeps as JSON, and
     its way back. saved: told that a checkpoint has begun, the one before complete.
-    close: ends what the task has opened.
+    close: ends what the task has opened. data_key: another where the data is.
     """
 
     train_step: Callable
@@ -87,6 +99,7 @@ class Task:
     saved: Callable[[], None] = lambda: None
     restore: Callable[[Mapping[str, Any]], None] = lambda progress: None
     close: Callable[[], None] = lambda: None
+    data_key: str = ""
 
 
 class Loop:
@@ -117,6 +130,7 @@ class Loop:
         self._num_tokens = num_tokens
         self._stop_signal: int | None = None
         self._is_reached = False
+        self._has_evaluated = False
         self._is_profiling = False
         self._read_at = time.perf_counter()
 
@@ -124,7 +138,8 @@ class Loop:
         """Returns the state after the last step.
 
         Raises NonFiniteError, having saved nothing since; Stopped after a SIGINT or
-        SIGTERM, having saved the step it reached.
+        SIGTERM, having saved the step it reached; Interrupted at a second SIGINT. Where
+        an evaluation raises, the steps up to it are saved.
         """
         step = int(state.step)
         pending = None
@@ -133,7 +148,7 @@ class Loop:
         self._rates = np.asarray(jax.jit(jax.vmap(self._task.schedule))(every_step))
         with self._signals(), self._profiler():
             if self._config.eval_at_start and not step and self._task.evaluate:
-                self._evaluate(step, state)
+                self._check_stop_metric(step, self._evaluate(step, state))
             self._read_at = time.perf_counter()
             while step < self._config.num_steps and not self._is_reached:
                 self._profile(step, state)
@@ -218,7 +233,14 @@ class Loop:
         last = step >= config.num_steps
         metrics: dict[str, float] = {}
         if self._task.evaluate and (last or _due(step, config.eval_every)):
-            metrics = self._evaluate(step, state)
+            try:
+                metrics = self._evaluate(step, state)
+                self._check_stop_metric(step, metrics)
+            except NonFiniteError:
+                raise  # the state is worth nothing
+            except Exception:
+                self._save(step, state, metrics)  # the steps themselves are done
+                raise
             self._is_reached = self._reaches(metrics)
         self._save(step, state, metrics)
         if self._stop_signal is not None and not last:
@@ -255,12 +277,24 @@ class Loop:
         self._tracker.log_checkpoint(step, path)
         self._read_at = time.perf_counter()
 
+    def _check_stop_metric(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises ValueError where the first evaluation doesn't give `stop_metric`."""
+        name = self._config.stop_metric
+        if name is None or self._has_evaluated:
+            return
+        self._has_evaluated = True
+        if name not in metrics:
+            raise ValueError(
+                f"trainer.stop_metric={name} is not among what the evaluation of step "
+                f"{step} gave: {', '.join(metrics)}; name one of these, or set "
+                "trainer.stop_metric=null and trainer.stop_value=null (val_pass needs "
+                "trainer.eval_reward or rewards, and answers in the data)"
+            )
+
     def _reaches(self, metrics: dict[str, float]) -> bool:
         """Returns whether the run may end here, as `stop_metric` says."""
         name, goal = self._config.stop_metric, self._config.stop_value
-        if name is None:
-            return False
-        if name not in metrics:  # what was asked for couldn't be judged
+        if name is None or name not in metrics:  # of no prompt could it be judged now
             return False
         value = metrics[name]
         reached = value <= goal if name.endswith("loss") else value >= goal
@@ -270,11 +304,14 @@ class Loop:
 
     @contextmanager
     def _signals(self):
-        """Turns SIGINT and SIGTERM into requests; a second SIGINT interrupts."""
+        """Turns SIGINT and SIGTERM into requests; a second SIGINT interrupts.
+
+        A second SIGTERM does not: schedulers repeat theirs.
+        """
 
         def request(number, frame):
             if self._stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
+                raise Interrupted(number, self._checkpoints.latest_step() is not None)
             self._stop_signal = number
             self._tracker.message("stopping after this step (Ctrl-C again: at once)")
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relax.data.example_batches import rounded
 from relax.model.llama import make_llama
 from relax.model.lora import base_of
 from relax.policy_losses import row_weights
@@ -268,10 +267,17 @@ def _truncates(setup: Setup) -> bool:
 
 
 def _cut(batch: Arrays) -> Arrays:
-    """Returns a batch without the columns that none of its rows uses."""
-    completions = batch["completion_mask"].sum(axis=1)
-    whole = rounded(int((batch["prompt_lengths"] + completions).max()))
-    longest = rounded(int(completions.max()))
+    """Returns a batch without columns that none of its rows uses.
+
+    Rows and completions are cut to as many eighths of their full width: a step is
+    compiled for eight shapes at most.
+    """
+    completions = batch["completion_mask"].sum(axis=1).max()
+    rows = (batch["prompt_lengths"] + batch["completion_mask"].sum(axis=1)).max()
+    widths = batch["tokens"].shape[1], batch["completion_mask"].shape[1]
+    used = (int(rows), int(completions))
+    eighths = max(1, *(-(-8 * n // w) for n, w in zip(used, widths, strict=True)))
+    whole, longest = (-(-w * eighths // 8) for w in widths)
 
     def cut(name: str, array: np.ndarray) -> np.ndarray:
         if array.ndim == 1:

@@ -48,6 +48,7 @@ def make_task(setup: Setup) -> Task:
         tokens_at=lambda step: tokens,
         evaluate=_make_evaluate(setup, loss_fn, corpus, _make_sample(setup, apply)),
         evaluates=("val_loss", "val_bits_per_byte", "val_accuracy"),
+        data_key=corpus.key,
     )
 
 

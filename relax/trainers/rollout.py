@@ -148,8 +148,8 @@ class RolloutMaker:
             elif number - first > LEFT_OUT_AT_MOST + len(prompts):
                 raise ValueError(
                     f"{LEFT_OUT_AT_MOST} prompts didn't fit trainer.context="
-                    f"{self._trainer.context}; raise it, or lower "
-                    "sampling.max_new_tokens"
+                    f"{self._trainer.context}, or are none, as the log says of the "
+                    "first; raise it, or lower sampling.max_new_tokens"
                 )
             number += 1
         return prompts, number - first

@@ -9,7 +9,7 @@ from relax.data.example_batches import ExampleBatches, validation_examples
 from relax.data.examples import Examples, encode_examples
 from relax.data.inspection import show_rows
 from relax.data.records import Records
-from relax.data.sources import load_records
+from relax.data.sources import load_records, records_key
 from relax.model.llama import make_llama
 from relax.rewards import RewardScorer, find_reward
 from relax.sharding import make_constrain
@@ -21,9 +21,10 @@ from relax.trainers.evaluation import (
     completion_metrics,
     held_out_prompts,
     make_completion_evaluation,
+    prompts_that_fit,
 )
 from relax.trainers.loop import Evaluation, Task
-from relax.trainers.prompts import asks
+from relax.trainers.prompts import Prompt, asks
 from relax.trainers.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def make_task(setup: Setup) -> Task:
     check_seed(setup.sampling)
     trainer, model = setup.trainer, setup.model
     records = load_records(setup.data)
-    complete = _make_completion(setup, records)
+    complete, names = _make_completion(setup, records)
     batches = _training_batches(setup, records)
     apply = make_llama(model, make_constrain(setup.mesh)).apply
     loss_fn = make_language_model_loss(
@@ -57,7 +58,8 @@ def make_task(setup: Setup) -> Task:
         batch_at=batches.__getitem__,
         tokens_at=batches.tokens_at,
         evaluate=_make_evaluate(setup, records, loss_fn, complete),
-        evaluates=("val_loss", "val_accuracy", *completion_metrics(setup)),
+        evaluates=("val_loss", "val_accuracy", *names),
+        data_key=records_key(setup.data),
     )
 
 
@@ -113,21 +115,35 @@ def _encode(setup: Setup, records, first_index: int = 0) -> Examples:
 
 
 def _make_completion(setup: Setup, records: Records):
-    """Returns params -> Evaluation of completions; of nothing where none is asked."""
+    """Returns params -> Evaluation of completions, and the names of its metrics.
+
+    Of nothing where none is wanted, or no held-out record has a prompt that fits: what
+    is completed is a by-product, which must not refuse a run. Raises ValueError where
+    no records are held out.
+    """
     trainer = setup.trainer
-    texts = len(records.validation) and not asks(records.validation[0])
-    if texts and trainer.eval_prompts:
-        logger.info("data: plain texts ask nothing, so no prompts are completed")
-    if texts or not trainer.eval_prompts:
-        return lambda params: Evaluation({})
-    prompts = held_out_prompts(setup, records, trainer.eval_prompts)
     scorer = None
-    if trainer.eval_reward is not None:
+    if trainer.eval_prompts and trainer.eval_reward is not None:
         find_reward(trainer.eval_reward, "trainer.eval_reward")
         scorer = RewardScorer([trainer.eval_reward])
+    prompts = _held_out(setup, records) if trainer.eval_prompts else []
+    if not prompts:
+        return (lambda params: Evaluation({})), ()
     sampler = Sampler(setup)
     sampler.check(setup.sampling)
-    return make_completion_evaluation(setup, sampler, prompts, scorer)
+    complete = make_completion_evaluation(setup, sampler, prompts, scorer)
+    return complete, completion_metrics(setup)
+
+
+def _held_out(setup: Setup, records: Records) -> list[Prompt]:
+    """Returns the held-out prompts to complete; logs where there are none."""
+    count, held_out = setup.trainer.eval_prompts, records.validation
+    if not len(held_out):
+        return held_out_prompts(setup, records, count)  # raises
+    if not any(asks(held_out[index]) for index in range(len(held_out))):
+        logger.info("data: plain texts ask nothing, so no prompts are completed")
+        return []
+    return prompts_that_fit(setup, records, count)
 
 
 def _make_evaluate(setup: Setup, records: Records, loss_fn, complete):

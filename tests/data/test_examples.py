@@ -8,7 +8,7 @@ import pytest
 
 from relax.data import examples as module
 from relax.data.examples import encode_examples
-from relax.text.chat import named_template
+from relax.text.chat import ChatTemplate, named_template
 
 RECORDS = [
     {"prompt": "ab", "completion": "cde"},
@@ -122,6 +122,10 @@ def test_whatever_changes_the_tokens_changes_the_key(
     chats = [{"messages": [{"role": r, "content": r} for r in ("user", "assistant")]}]
     weighted = [{"messages": [{**m, "weight": 0.5} for m in chats[0]["messages"]]}]
     other = named_template("llama3", special_bytes)
+    tooled = [
+        chats[0] | {"tools": [tool]}
+        for tool in ({}, {"a": 1, "b": 2}, {"b": 2, "a": 1})  # in the order written
+    ]
     changes = [
         {},
         {"loss_on": "all"},
@@ -130,6 +134,10 @@ def test_whatever_changes_the_tokens_changes_the_key(
         {"as_messages": True, "template": other},
         {"as_messages": True, "template": template, "records": chats},
         {"as_messages": True, "template": template, "records": weighted},
+        *(
+            {"as_messages": True, "template": template, "records": [record]}
+            for record in tooled
+        ),
         {"records": RECORDS[:3]},
         {"records": RECORDS[:2]},
     ]
@@ -141,6 +149,24 @@ def test_whatever_changes_the_tokens_changes_the_key(
             assert len(encoded_records) > before
     folders = list((tmp_path / "examples").iterdir())
     assert len(folders) == 2 * len(changes)
+
+
+def test_tools_that_a_template_does_not_write_are_told(special_bytes, caplog):
+    turns = [{"role": r, "content": r} for r in ("user", "assistant")]
+    records = [
+        {"messages": turns, "tools": [{"name": "add"}]},
+        {"messages": turns, "tools": []},
+        {"prompt": "ab", "completion": "c", "tools": "a hammer"},
+    ]
+    chatml = named_template("chatml", special_bytes)
+    encode(special_bytes, records, template=chatml, max_length=99)
+    message = "1 of 3 records have tools, which chat template chatml does not write"
+    assert message in caplog.text
+    caplog.clear()
+    source = "{{ tools }}" + chatml.source
+    writes = ChatTemplate(source, name="mine", variables=chatml.variables)
+    encode(special_bytes, records, template=writes, max_length=99)
+    assert not caplog.records
 
 
 def test_columns_that_are_not_encoded_leave_the_key(

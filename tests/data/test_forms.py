@@ -1,5 +1,7 @@
 """The published forms of conversations, and what becomes of each."""
 
+import json
+
 import pytest
 
 from relax.data.forms import normalise
@@ -112,9 +114,47 @@ def test_alpaca_with_a_template_is_a_conversation():
     )
 
 
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, REPLY]},
+        {"conversations": [USER, REPLY]},
+        {"prompt": [USER], "completion": "Yes"},
+    ],
+    ids=["messages", "sharegpt", "prompt"],
+)
+def test_tools_of_conversations_are_a_list(record, given):
+    assert normalise(record | {"tools": given}, "auto", 7)["tools"] == TOOLS
+    for none in (None, "null"):
+        assert "tools" not in normalise(record | {"tools": none}, "auto", 7)
+
+
+def test_what_texts_call_tools_is_left_alone():
+    records = [{"text": "a"}, {"prompt": "a", "completion": "b"}, ALPACA]
+    for record in records:
+        made = normalise(record | {"tools": "a hammer"}, "auto", 7)
+        assert made["tools"] == "a hammer"
+    for record in records[1:]:
+        made = normalise(record | {"tools": TOOLS}, "auto", 7, chat=True)
+        assert made["tools"] == TOOLS
+        with pytest.raises(ValueError, match=r"tools=.*hammer.* is no list of JSON"):
+            normalise(record | {"tools": "a hammer"}, "auto", 7, chat=True)
+
+
 @pytest.mark.parametrize(
     ("record", "form", "message"),
     [
+        (
+            {"messages": [USER, REPLY], "tools": TOOLS[0]},
+            "auto",
+            r'tools=\{"type": .* is no list of JSON schemas; .*leave tools out',
+        ),
+        ({"messages": [USER], "tools": ["add"]}, "auto", r'tools=\["add"\] is no list'),
+        ({"messages": [USER], "tools": "add"}, "auto", 'tools="add" is no list'),
         (
             {"question": "a"},
             "auto",

@@ -87,6 +87,19 @@ def test_prompts_and_completions_are_both_texts_or_both_messages(tmp_path):
         assert record == {"prompt": prompt, "completion": completion, "why": why}
 
 
+def test_tools_of_messages_are_a_list(tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"prompt": p, "tools": json.dumps(tools)} for p in ([USER], "1+1?")]
+    path = write(tmp_path / "a.jsonl", rows)
+    config = config_of("prompts", path=path, answer_field=None)
+    assert [r["tools"] for r in load_prompts(config).train] == [tools, rows[1]["tools"]]
+    config = config_of("prompts", path=path, answer_field=None, template="chatml")
+    assert [r["tools"] for r in load_prompts(config).train] == [tools] * 2
+    path = write(tmp_path / "a.jsonl", [rows[0], {"prompt": [USER], "tools": 3}])
+    with pytest.raises(ValueError, match=r"record 1: tools=3 is no list of JSON"):
+        load_prompts(config)
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "message"),
     [

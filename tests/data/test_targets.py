@@ -187,6 +187,93 @@ def test_replies_that_nothing_parts_are_told_by_prefixes(special_bytes):
     assert made == [[("abc", 0), ("de", 0.5), ("fgh", 1)], [("abcde", 0), ("fgh", 1)]]
 
 
+THOUGHTS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}[{% if m.thought %}"
+    "{% generation %}{{ m.thought }}{% endgeneration %}|{% endif %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}]{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("thoughtful", [2, 3])
+@pytest.mark.parametrize("last", [False, True], ids=["weights", "last_turn"])
+def test_spans_that_are_as_many_as_replies_need_not_be_theirs(
+    special_bytes, thoughtful, last
+):
+    """Of three replies one is empty, and one has two spans."""
+    turns = [{"role": "user", "content": "a"}]
+    for i, content in enumerate(("b", "", "cd")):
+        turns.append({"role": "assistant", "content": content, "weight": float(i)})
+    turns[1 if thoughtful == 2 else 3]["thought"] = "ef"
+    encode = encoder(special_bytes, THOUGHTS, "last_turn" if last else "auto")
+    made = parts(special_bytes, encode({"messages": turns}))
+    if thoughtful == 2:
+        assert made == [("a[ef|b][][", 0), ("cd", 2), ("]", 0)]
+    else:
+        assert made == [("a[b][][", 0), ("ef", 2), ("|", 0), ("cd", 2), ("]", 0)]
+
+
+def test_the_order_of_spans_tells_replies_that_no_prefix_does(special_bytes):
+    """A template that writes the number of messages first; each reply has a span."""
+    source = "{{ messages|length }}" + THOUGHTS
+    encode = encoder(special_bytes, source)
+    made = parts(special_bytes, encode(weighted(None, 0.5, None, 2.0)))
+    expected = [("4Hi[", 0), ("Yes", 0.5), ("]And?[", 0), ("No", 2), ("]", 0)]
+    assert made == expected
+    empty = weighted(None, 0.5, None, 2.0)
+    empty["messages"][1]["content"] = ""
+    with pytest.raises(ValueError, match="template mine writes the first "):
+        encode(empty)
+
+
+def test_replies_of_one_weight_need_no_places(special_bytes):
+    """Not even where the spans are more than the replies, and prefixes none."""
+    turns = [turn | {"thought": "e"} for turn in TURNS]
+    encode = encoder(special_bytes, "{{ messages|length }}" + THOUGHTS)
+    made = parts(special_bytes, encode({"messages": turns}))
+    assert [text for text, weight in made if weight == 1] == ["e", "Yes", "e", "No"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "strict": True}}]
+SPELT_TOOLS = json.dumps(TOOLS)
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + THOUGHTS
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["marks", "prefixes"])
+@pytest.mark.parametrize("tools", [TOOLS, SPELT_TOOLS], ids=["list", "text"])
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "completion", "all"])
+def test_a_record_s_tools_are_written(special_bytes, loss_on, tools, marks):
+    template = encoder(special_bytes, WITH_TOOLS).template
+    encode = encoder(
+        special_bytes, template if marks else without_marks(template), loss_on
+    )
+    record = weighted(None, 0.5, None, 2.0)
+    plain = encode(record)
+    encoded = encode(record | {"tools": tools})
+    header = list(SPELT_TOOLS.encode())
+    assert encoded.tokens == header + plain.tokens
+    weights = plain.weights.copy()
+    if loss_on == "all":
+        assert (encoded.weights[1 : len(header)] == 1).all()
+        weights[0] = 1
+    else:
+        assert not encoded.weights[: len(header)].any()
+    np.testing.assert_array_equal(encoded.weights[len(header) :], weights)
+    for none in ({"tools": None}, {"tools": []}, {"tools": "null"}):
+        assert encode(record | none).tokens == plain.tokens
+
+
+def test_prompts_have_tools_where_they_are_messages(special_bytes):
+    for asked in ("Hi", TURNS[:1]):
+        record = {"prompt": asked, "completion": "Yes", "tools": TOOLS}
+        encode = encoder(special_bytes, WITH_TOOLS, as_messages=True)
+        text = f"{SPELT_TOOLS}Hi"
+        assert parts(special_bytes, encode(record)) == [(text, 0), ("[Yes]", 1)]
+    record = {"prompt": "Hi", "completion": "Yes", "tools": "a hammer"}
+    encode = encoder(special_bytes, WITH_TOOLS)
+    assert parts(special_bytes, encode(record)) == [("<s>Hi", 0), ("Yes</s>", 1)]
+
+
 def test_a_template_whose_prefixes_are_no_prefixes_is_named(special_bytes):
     source = "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     record = {"messages": TURNS}
@@ -310,6 +397,7 @@ TWO_BOS = (
         (None, "auto", {"prompt": ["a"], "completion": "b"}, r"prompt\[0\] is no obje"),
         (None, "assistant", {"prompt": "a", "completion": "b"}, r"loss_on=assistant;"),
         (None, "completion", {"text": "a"}, r"no part for data\.loss_on=completion"),
+        ("chatml", "auto", CHAT | {"tools": 3}, r"tools=3 is no list of JSON schemas"),
         ("chatml", "auto", QUESTION, "no message of the assistant's"),
         ("chatml", "completion", QUESTION, "no message of the assistant's"),
         (NOTHING_MARKED, "auto", CHAT, r"loss_on=assistant leaves nothing in the loss"),

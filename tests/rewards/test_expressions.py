@@ -139,3 +139,15 @@ def test_numbers_may_repeat_as_often_as_they_are_given():
 def test_a_record_without_a_puzzle_is_an_error(record):
     with pytest.raises(ValueError, match='countdown reads "numbers" and "target"'):
         countdown("1", record)
+
+
+@pytest.mark.parametrize("prompt", [" " * 50_000, "=" + " " * 50_000 + "x"])
+def test_a_prompt_without_a_sum_is_seen_at_once(prompt):
+    with pytest.raises(ValueError, match="doesn't end in a sum"):
+        REWARDS["arithmetic"](Sample(prompt, "7", None, {}, 3, 7, True))
+
+
+@pytest.mark.parametrize("end", ["=", " = ", "=?", "= ?\n"])
+def test_a_sum_may_end_in_a_question(end):
+    sample = Sample(f"What is 3+4{end}", "7", None, {}, 3, 7, True)
+    assert REWARDS["arithmetic"](sample) == 1

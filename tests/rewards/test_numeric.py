@@ -82,6 +82,13 @@ def test_a_number_is_read_whole_or_not_at_all(text, number):
         ("#### 7\nLet me check 9.", 7),
         ("#### $7,000.00.", 7000),
         ("#### \\boxed{7}", 7),
+        ("#### **7** apples!", 7),
+        ("#### x = 7", 7),
+        ("#### 7 cm^2", 7),
+        ("#### 7 km/h", 7),
+        ("#### 7°C", 7),
+        ("#### $7/day", 7),
+        (r"<answer>\(7\)</answer>", 7),
         ("#### seven\n9", None),
         ("####", None),
         (r"thus \boxed{7}.", 7),
@@ -107,6 +114,75 @@ def test_a_number_is_read_whole_or_not_at_all(text, number):
 )
 def test_an_answer_is_marked(text, number):
     assert marked_number(text) == number
+
+
+# What a list of guesses, or mathematics around a number, could pass as.
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "5 or 6",
+        "5, 6",
+        "5 6 7 8",
+        "5\\quad 6",
+        "12:30",
+        "2*3",
+        "5**2",
+        "5-3",
+        "5-x",
+        "- 5",
+        "5/x",
+        "5 + x",
+        "5 = x",
+        "3 + 4 = 7",
+        "5x",
+        "5 x",
+        "x5",
+        "5ab",
+        "5(x)",
+        "f(5)",
+        "5!",
+        "5 !",
+        "5_2",
+        "5²",
+        "5½",
+        "x < 5",
+        "√5",
+        "|5",
+        r"5\pi",
+        "5π",
+    ],
+)
+def test_an_answer_with_other_mathematics_has_no_number(answer):
+    for text in (
+        f"#### {answer}",
+        rf"\boxed{{{answer}}}",
+        f"<answer>{answer}</answer>",
+    ):
+        assert marked_number(text) is None
+    for guess in "56":
+        assert score("numeric_answer", f"#### {answer}", guess) == 0
+    with pytest.raises(ValueError, match="is no number"):
+        score("numeric_answer", "#### 5", f"#### {answer}")
+
+
+# A search that tries each way to share out the whitespace takes days at 20,000.
+@pytest.mark.parametrize("size", [1000, 20_000])
+def test_the_time_goes_by_the_length(size):
+    space = " " * size
+    for text in (
+        rf"\frac{{{space}x",
+        rf"\frac{{1}}{{{space}x",
+        rf"\frac{space}x",
+        rf"\frac12{space}x",
+        f"${space}x",
+    ):
+        assert marked_number(f"#### {text}") is None
+        assert score("last_number", f"{text} so 7", "7") == 1
+    assert marked_number(rf"#### \frac{{{space}3{space}}}{space}{{4{space}}}") == (
+        Fraction(3, 4)
+    )
+    assert marked_number(f"#### 7{space}/{space}") is None
+    assert marked_number(f"#### 7{space}apples{space}") == 7
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ def test_format(completion, reward):
     assert score("format", completion) == reward
 
 
+def test_format_of_many_tags_takes_no_time():
+    """Each could begin or end a group: two of them make a square."""
+    pairs = "</think><answer></answer>" * 20_000
+    assert score("format", f"<think>{pairs}x") == 0
+
+
 def test_ends():
     assert score("ends", finished=True) == 1
     assert score("ends", finished=False) == 0

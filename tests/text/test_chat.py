@@ -396,3 +396,16 @@ def test_text_between_special_tokens_has_the_ids_of_the_library(form, request):
     assert chat.encode_with_mask(ours, TURNS)[0] == expected
     after = ours.encode("[INST]", inside=ours.prefix_at_start_only)
     assert expected[1 : 1 + len(after)] == after
+
+
+@pytest.mark.parametrize("tools", [None, [], [{"b": "é<s>", "a": [1, None]}]])
+def test_tools_are_rendered_as_by_transformers(special_bytes, tools):
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = (
+        "{{ tools is none }}{% for t in tools or [] %}{{ t | tojson }}{{ t }}"
+        "{{ t | tojson(indent=2) }}{% endfor %}{{ messages[0].content }}"
+    )
+    chat = template(source)
+    (text,), _ = theirs.render_jinja_template([TURN], tools=tools, chat_template=source)
+    assert chat.render(TURN, tools=tools) == text
+    assert special_bytes.decode(chat.encode(special_bytes, TURN, tools=tools)) == text

@@ -118,6 +118,26 @@ def test_special_tokens_in_tools_and_variables_are_text(special_bytes):
     assert spelt(special_bytes, ids) == "\U0010ffff1null\U0010ffff2"
 
 
+@pytest.mark.parametrize("content", ["Hi", "<|user|>"])
+def test_templates_may_look_into_tools_and_calls(special_bytes, content):
+    """Also where messages spell special tokens, and are rendered otherwise for it."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"<s>": 1}}}
+    messages = [*user(content), {"role": "assistant", "tool_calls": [call]}]
+    source = (
+        "{% for t in tools %}{% if t.type != 'function' %}{{ raise_exception(t.type) }}"
+        "{% endif %}{{ t.function.name }}{{ t.function | tojson }}{% endfor %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function | tojson }}"
+        "{% endfor %}{% endfor %}"
+    )
+    chat = template(source)
+    ids = chat.encode(special_bytes, messages, tools=[call])
+    assert spelt_whole(special_bytes, ids) == chat.render(messages, tools=[call])
+    written = "add" + json.dumps(call["function"])
+    expected = f"{written}\U0010ffff5{content}<|assistant|>{written}"
+    assert spelt(special_bytes, ids) == expected
+
+
 def test_special_tokens_put_together_by_the_template_are_special(special_bytes):
     source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     messages = [*user("Hi"), {"role": "user", "content": "<|user|>"}]

@@ -49,6 +49,21 @@ def test_a_row_holds_whatever_json_can_say(tmp_path):
     assert read_metrics(path) == [{**row, "few": [], "nested": nested}]
 
 
+def test_half_a_character_is_written_as_the_escape_that_json_has(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = MetricsFile(path, resume_step=None)
+    rows = [{"step": 1, "text": "\\\ud83d é"}, {"step": 2, "\udc00": ["\ud83d"]}]
+    for row in rows:
+        file.write(row)
+    file.close()
+    assert path.read_bytes().splitlines()[0] == (
+        b'{"step": 1, "text": "\\\\\\ud83d \xc3\xa9"}'
+    )
+    assert read_metrics(path) == rows
+    MetricsFile(path, resume_step=1).close()
+    assert read_metrics(path) == rows[:1]
+
+
 def test_a_resumed_file_goes_on_after_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_rows(path, [2, 3, 5, 7, 11])

@@ -63,6 +63,18 @@ def test_rows_of_a_run(tmp_path, caplog):
         assert text in shown
 
 
+def test_half_a_character_reaches_the_files_and_the_log(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="relax.tracking.console")
+    row = {"prompt": "a\ud83d", "completion": "\udc00b", "ends": 1.0}
+    with make_tracker(tmp_path) as tracker:
+        tracker.log_samples(5, [row])
+        tracker.log_completions(5, [row])
+    for name in ("samples", "completions"):
+        assert read_metrics(tmp_path / f"{name}.jsonl") == [{"step": 5, **row}]
+    assert len(caplog.messages) == 2
+    assert all(message.encode() for message in caplog.messages)
+
+
 def test_a_resumed_run_continues_both_files(tmp_path):
     with make_tracker(tmp_path) as tracker:
         for step in (5, 7, 11):

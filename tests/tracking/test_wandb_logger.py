@@ -147,6 +147,13 @@ def test_the_environment_decides_where_the_config_does_not(started, monkeypatch)
     assert modes(started(has_key=True, mode="online")[1]) == ["online"]
 
 
+def test_half_a_character_is_spelled_out_in_a_table(started):
+    logger, wandb = started()
+    logger.log_table(5, "samples", [{"prompt": "é\ud83d", "reward": 0.5}])
+    table = (["prompt", "reward"], [["é\\ud83d", 0.5]])
+    assert wandb.run.rows == [{"step": 5, "samples": table}]
+
+
 def test_metrics_samples_and_checkpoints_are_logged_over_the_metric_step(started):
     logger, wandb = started()
     logger.log_metrics(7, {"loss": 3.25})

@@ -1,5 +1,6 @@
 """What GRPO can't be told: each wrong value in one line that names it."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,22 @@ def test_what_is_derived():
         ),
         ({"kl_estimator": "k4"}, r"trainer\.kl_estimator='k4' is unknown; choose one "),
         ({"scale_rewards": "all"}, r"trainer\.scale_rewards='all' is unknown; choose "),
+        *(
+            ({name: math.inf}, rf"trainer\.{name}=inf must be finite; give a number")
+            for name in ("entropy_coef", "beta", "epsilon", "epsilon_high")
+        ),
+        ({"delta": math.inf}, r"trainer\.delta=inf must be finite; set it to null"),
+        (
+            {"mismatch_mean": math.inf},
+            r"trainer\.mismatch_mean=inf must be finite; give a number of at least 0",
+        ),
+        (
+            {"rewards": ["ends", "format"], "reward_weights": [0.0, 0.0]},
+            r"trainer\.reward_weights=\[0\.0, 0\.0\] leaves no reward that counts; ",
+        ),
         ({"rewards": []}, r"trainer\.rewards=\[\] names no reward"),
         (
-            {"outcome_reward": "ends"},
+            {"rewards": ["exact_match"], "outcome_reward": "ends"},
             r"trainer\.outcome_reward='ends' is none of trainer\.rewards="
             r"\['exact_match'\]",
         ),
@@ -100,8 +114,14 @@ def test_a_wrong_value_is_named(fields, message):
 
 
 @pytest.mark.parametrize("scale", ["batch", "none"])
-def test_a_group_of_one_goes_without_its_own_spread(scale):
+def test_a_group_of_one_learns_nothing_and_is_told_so(scale, caplog):
     assert config(num_generations=1, scale_rewards=scale).num_generations == 1
+    (told,) = caplog.messages
+    assert told == (
+        "trainer.num_generations=1 compares a completion with itself: with "
+        f"trainer.scale_rewards={scale} all advantages are 0, and rewards teach "
+        "nothing; set trainer.num_generations=2 or more"
+    )
 
 
 def test_what_the_loss_knows_may_be_set():

@@ -9,8 +9,18 @@ import jax
 import numpy as np
 import pytest
 
+from relax.cli import exit_on_error
 from relax.sharding import MeshConfig, make_mesh
-from relax.trainers.loop import Evaluation, Loop, NonFiniteError, Stopped, Task
+from relax.trainers.loop import (
+    Evaluation,
+    Interrupted,
+    Loop,
+    NonFiniteError,
+    Stopped,
+    Task,
+)
+
+VAL = {"val_loss": 2.5}
 
 
 class Metric:
@@ -239,8 +249,9 @@ def test_a_signal_saves_the_step_reached(tmp_path, make_trainer, number, code):
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_interrupt_stops_at_once(tmp_path, make_trainer, first):
-    run = Run(tmp_path, make_trainer())
+@pytest.mark.parametrize("save_every", [0, 3])
+def test_a_second_interrupt_stops_at_once(tmp_path, make_trainer, first, save_every):
+    run = Run(tmp_path, make_trainer(save_every=save_every))
 
     def twice(step):
         if step == 4:
@@ -249,9 +260,11 @@ def test_a_second_interrupt_stops_at_once(tmp_path, make_trainer, first):
             pytest.fail("the second SIGINT did nothing")
 
     run.on_dispatch = twice
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as raised:
         run.go()
-    assert run.saved == {}
+    assert raised.value.exit_code == 130
+    assert list(run.saved) == [3] * bool(save_every)
+    assert raised.value.has_checkpoint == bool(save_every)
 
 
 def test_a_repeated_term_is_still_one_request(tmp_path, make_trainer):
@@ -262,6 +275,74 @@ def test_a_repeated_term_is_still_one_request(tmp_path, make_trainer):
     with pytest.raises(Stopped):
         run.go()
     assert list(run.saved) == [4]
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "line"),
+    [(True, "interrupted; all is kept"), (False, "interrupted")],
+)
+def test_only_checkpoints_that_are_there_are_spoken_of(caplog, has_checkpoint, line):
+    def interrupted():
+        raise Interrupted(signal.SIGINT, has_checkpoint)
+
+    with pytest.raises(SystemExit) as raised:
+        exit_on_error(interrupted, "all is kept")
+    assert (raised.value.code, caplog.messages) == (130, [line])
+
+
+def test_an_error_that_quotes_half_a_character_can_be_written(caplog):
+    def failing():
+        raise ValueError("bad \ud83d")
+
+    with pytest.raises(SystemExit):
+        exit_on_error(failing)
+    assert caplog.messages == ["bad \\ud83d"]
+
+
+@pytest.mark.parametrize("last", [4, 6])
+def test_an_evaluation_that_fails_loses_no_step(tmp_path, make_trainer, last):
+    run = Run(tmp_path, make_trainer(save_every=3, eval_every=4))
+
+    def fail():
+        if run.steps("evaluate")[-1] == last:
+            raise RuntimeError("out of memory")
+
+    run.on_evaluate = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.go()
+    assert run.saved == {4: {3: None, 4: None}, 6: {3: None, 4: VAL, 6: None}}[last]
+
+
+def test_an_evaluation_that_cannot_be_logged_loses_no_step(tmp_path, make_trainer):
+    run = Run(tmp_path, make_trainer(eval_every=4))
+
+    def fail(step, samples):
+        raise OSError("disk full")
+
+    run.log_samples = fail
+    with pytest.raises(OSError, match="disk full"):
+        run.go()
+    assert list(run.saved) == [4]
+
+
+STOPPING = {"eval_every": 2, "stop_metric": "val_pass@1", "stop_value": 0.5}
+
+
+def test_a_metric_to_stop_at_that_never_comes_is_told_of_at_once(
+    tmp_path, make_trainer
+):
+    run = Run(tmp_path, make_trainer(**STOPPING))
+    with pytest.raises(ValueError) as raised:
+        run.go()
+    assert str(raised.value).startswith(
+        "trainer.stop_metric=val_pass@1 is not among what the evaluation of step 2 "
+        "gave: val_loss; name one of these, or set trainer.stop_metric=null"
+    )
+    assert run.saved == {2: VAL}
+    run = Run(tmp_path, make_trainer(**STOPPING, eval_at_start=True))
+    with pytest.raises(ValueError, match="what the evaluation of step 0 gave"):
+        run.go()
+    assert run.steps("dispatch") == []
 
 
 def test_a_signal_during_an_evaluation_keeps_it(tmp_path, make_trainer):
@@ -349,6 +430,16 @@ def test_a_run_that_ends_in_the_window_writes_its_profile(
         ({"steps_per_dispatch": 0}, "trainer.steps_per_dispatch=0 must be at least 1"),
         ({"eval_every": -1}, "trainer.eval_every=-1 must be at least 0"),
         ({"profile_start": -2}, "trainer.profile_start=-2 must be at least 0"),
+        (
+            {"z_loss": math.inf},
+            "trainer.z_loss=inf must be finite; give a number of at least 0",
+        ),
+        ({"z_loss": math.nan}, "trainer.z_loss=nan must be at least 0"),
+        (
+            {**STOPPING, "stop_value": math.nan},
+            "trainer.stop_value=nan must be finite, or null with "
+            "trainer.stop_metric=null",
+        ),
         ({"kind": "pretrian"}, "trainer.kind='pretrian' is not pretrain"),
         (
             {"batch_size": 7, "accumulation": 2},

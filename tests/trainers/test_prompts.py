@@ -1,15 +1,16 @@
 """Prompts of records: where they end, how they are written, and which are refused."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 
 from relax.data.records import Records
-from relax.text.chat import named_template
+from relax.text.chat import ChatTemplate, named_template
 from relax.text.tokenizers import TokenizerConfig, make_tokenizer
 from relax.trainers import grpo
-from relax.trainers.evaluation import held_out_prompts
-from relax.trainers.prompts import PromptOrder, check_length, make_prompt
+from relax.trainers.evaluation import held_out_prompts, prompts_that_fit
+from relax.trainers.prompts import LengthError, PromptOrder, check_length, make_prompt
 
 BYTES = make_tokenizer(TokenizerConfig(kind="bytes", encoding=None, path=None))
 USER = {"role": "user", "content": "Hi"}
@@ -101,6 +102,28 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(length):
     )
 
 
+@pytest.mark.parametrize("longest", [13, 60])
+def test_a_context_without_room_for_any_prompt_is_named(longest):
+    setup = setup_of(longest=longest)
+    prompt = make_prompt({"prompt": "a"}, 7, setup)
+    with pytest.raises(LengthError) as raised:
+        check_length(prompt, 7, setup)
+    assert str(raised.value) == (
+        f"sampling.max_new_tokens={longest} and trainer.context=13 leave no room for "
+        "any prompt; raise trainer.context, or lower sampling.max_new_tokens"
+    )
+
+
+def test_tools_of_a_record_reach_the_template():
+    setup = setup_of("plain")
+    source = "{% if tools %}{{ tools[0].name }}{% endif %}{{ messages[0].content }}"
+    setup.template = ChatTemplate(source, name="with tools")
+    chat = {"messages": [USER]}
+    assert text_of(make_prompt(chat, 0, setup)) == "Hi"
+    chat["tools"] = [{"name": "clock"}]
+    assert text_of(make_prompt(chat, 0, setup)) == "clockHi"
+
+
 def test_an_order_goes_through_all_prompts_before_it_repeats_one():
     records = [{"prompt": str(number)} for number in range(7)]
     order = PromptOrder(records, setup_of_order())
@@ -133,6 +156,35 @@ def test_prompts_that_are_all_too_long_are_refused_though_they_may_be_left_out()
         order.check()
 
 
+REFUSING = """{% if messages[0].content == 'No' %}{{ raise_exception('no!') }}
+{% endif %}{{ messages[0].content }}"""
+BAD = {
+    "begins": ({"messages": [ASSISTANT]}, "begins with the assistant"),
+    "none": ({"text": "a"}, "holds no prompt, but text"),
+    "refused": ({"messages": [{**USER, "content": "No"}]}, "record 1 of the .* no!"),
+    "answer": ({"prompt": "1", "answer": ["2"]}, r'has the answer \["2"\], neither'),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_record_that_asks_nothing_ends_a_run_only_at_its_start(name, skip, caplog):
+    record, message = BAD[name]
+    long = {"messages": [{**USER, "content": "1" * 99}]}
+    setup = setup_of_order(skip=skip)
+    setup.template = ChatTemplate(REFUSING, name="refusing")
+    order = PromptOrder([{"messages": [USER]}, record], setup)
+    with pytest.raises(ValueError, match=message):
+        order.check()
+    order = PromptOrder([{"messages": [USER]}, record, record, long], setup)
+    taken = [order.at(number) for number in range(12)]
+    assert [prompt.text for prompt in taken if prompt] == ["Hi"] * 3
+    # Each kind once, whichever comes first.
+    assert len(caplog.messages) == 2
+    assert all(told.startswith("left out, as ") for told in caplog.messages)
+    assert sum("99 tokens" in told for told in caplog.messages) == 1
+
+
 def held_out(*texts, count=2, **options):
     """Returns the texts of the held-out prompts, which fit up to 8 tokens."""
     setup = setup_of()
@@ -157,6 +209,30 @@ def test_long_held_out_prompts_are_left_out_where_that_is_asked_for():
         held_out("1" * 9, skip_long=True)
 
 
+def test_what_is_completed_beside_fine_tuning_is_what_asks_and_fits(caplog):
+    caplog.set_level(logging.INFO)
+    setup = setup_of("plain", longest=5)
+    setup.model = SimpleNamespace(max_position_embeddings=40)
+    chats = [
+        {"messages": [ASSISTANT]},
+        {"text": "a"},
+        {"messages": [USER, ASSISTANT]},
+        {"prompt": "1" * 99},
+        {"prompt": "Hm"},
+        {"prompt": "Oh"},
+    ]
+    records = Records([{}], chats, "a test")
+    asked = prompts_that_fit(setup, records, 2)
+    assert [prompt.text for prompt in asked] == ["Hi", "Hm"]
+    assert caplog.messages == [
+        "data: 3 of the first 5 held-out records are not completed: record 1 of the "
+        "data begins with the assistant, to name the first"
+    ]
+    assert prompts_that_fit(setup, records._replace(validation=chats[:2]), 2) == []
+    assert len(prompts_that_fit(setup, records._replace(validation=chats[4:]), 7)) == 2
+    assert len(caplog.messages) == 2
+
+
 def setup_of_order(skip=False):
     setup = setup_of()
     setup.seed, setup.trainer.skip_long_prompts = 3, skip
@@ -165,6 +241,21 @@ def setup_of_order(skip=False):
 
 def test_a_number_is_an_answer_as_a_text():
     assert make_prompt({"prompt": "1", "answer": 2}, 0, setup_of()).answer == "2"
+
+
+def test_an_answer_in_messages_is_what_the_last_one_says():
+    record = {"prompt": "1", "completion": [USER, ASSISTANT]}
+    assert make_prompt(record, 0, setup_of()).answer == "Ho"
+
+
+@pytest.mark.parametrize("answer", [["2", "3"], [], {"a": 1}, [{"role": "user"}], True])
+def test_an_answer_that_is_no_text_is_named(answer):
+    with pytest.raises(ValueError) as raised:
+        make_prompt({"prompt": "1", "answer": answer}, 7, setup_of())
+    assert str(raised.value).startswith("record 7 of the data has the answer ")
+    assert str(raised.value).endswith(
+        ", neither a text nor a number nor messages; write it as a text"
+    )
 
 
 @pytest.mark.parametrize(

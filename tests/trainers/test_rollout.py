@@ -10,6 +10,7 @@ from relax.config import load_config
 from relax.generation.requests import Completion, Request
 from relax.rewards import RewardScorer
 from relax.sampling import SamplingConfig
+from relax.trainers import policy
 from relax.trainers.grpo_config import GRPOConfig
 from relax.trainers.prompts import Prompt
 from relax.trainers.reward_journal import RewardJournal
@@ -24,6 +25,7 @@ from relax.trainers.rollout import (
 
 DEFAULTS = load_config(Path(__file__).parents[2] / "conf/trainer/grpo.yaml")
 DEFAULTS.pop("defaults")
+DEFAULTS["rewards"] = ["exact_match"]  # what auto stands for
 EOS, LONGEST, CONTEXT = 256, 7, 13
 RIGHT, WRONG = "1", "0"
 
@@ -405,3 +407,28 @@ def test_rows_of_completions_hold_each_reward_and_the_advantage():
     assert [row["prompt"] for row in rows] == ["3=", "3=", "4=", "4="]
     assert [row["ends"] for row in rows] == [1.0, 0.0, 1.0, 1.0]
     assert [row["advantage"] for row in rows] == advantages.advantages.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "widths"),
+    [
+        (1, 1, (6, 2)),  # an eighth of 41 and of 13, rounded up
+        (11, 3, (16, 5)),  # 14 of 41 is less than three eighths
+        (1, 9, (31, 10)),  # 9 of 13 is less than six
+        (28, 13, (41, 13)),
+    ],
+)
+def test_a_batch_is_cut_to_eighths(prompt, completion, widths):
+    mask = np.zeros((2, 13), np.float32)
+    mask[0, :completion] = mask[1, :1] = 1.0
+    batch = policy._cut(
+        {
+            "tokens": np.zeros((2, 41), np.int32),
+            "prompt_lengths": np.array([prompt, 1]),
+            "completion_mask": mask,
+            "advantages": np.ones(2),
+        }
+    )
+    assert (batch["tokens"].shape[1], batch["completion_mask"].shape[1]) == widths
+    assert batch["completion_mask"].sum() == completion + 1
+    assert batch["advantages"].shape == (2,)

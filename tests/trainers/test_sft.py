@@ -286,6 +286,65 @@ def test_records_that_were_cut_are_counted(composed, uncompiled, tmp_path, caplo
     )
 
 
+TEXT = {"text": "abc"}
+CHAT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+ASKING, BEGINNING = {"messages": CHAT}, {"messages": CHAT[::-1]}
+LONG = {"messages": [{"role": "user", "content": "b" * 61}, CHAT[1]]}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "line", "evaluates"),
+    [
+        pytest.param([ASKING] * 3, None, True, id="all ask"),
+        pytest.param(
+            [TEXT, ASKING, LONG],
+            "data: 2 of the first 3 held-out records are not completed: record 3 of "
+            "the data holds no prompt, but text; give prompt or messages, to name the "
+            "first",
+            True,
+            id="texts come first",
+        ),
+        pytest.param(
+            [TEXT] * 3,
+            "data: plain texts ask nothing, so no prompts are completed",
+            False,
+            id="none asks",
+        ),
+        pytest.param(
+            [BEGINNING, LONG, TEXT],
+            "data: 3 of the first 3 held-out records are not completed: record 3 of "
+            "the data begins with the assistant, to name the first",
+            False,
+            id="none fits",
+        ),
+    ],
+)
+def test_what_asks_nothing_refuses_no_run(
+    composed, uncompiled, tmp_path, monkeypatch, caplog, held_out, line, evaluates
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(common, "make_train_step", lambda *args, **named: None)
+    file = tmp_path / "mixed.jsonl"
+    records = [ASKING] * 3 + held_out
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = composed(
+        f"data.path={file}",
+        "data.validation_fraction=0.5",
+        "data.loss_on=all",
+        "trainer.eval_prompts=2",
+        "trainer.eval_every=2",
+        "trainer.stop_metric=val_ended",
+        "trainer.stop_value=0.5",
+        "sampling.max_new_tokens=5",
+        f"run_folder={tmp_path}/run",
+    )
+    given = "the mistake was not seen" if evaluates else "val_ended is none of what an"
+    with pytest.raises((AssertionError, ValueError), match=given):
+        training.start(config)
+    said = [m for m in caplog.messages if "completed" in m]
+    assert said == ([line] if line else [])
+
+
 def test_a_resumed_run_equals_one_that_was_not_interrupted(whole, in_process, tmp_path):
     """Packed rows, adapters with dropout, noise, smoothing and micro-batches."""
     resumed = shutil.copytree(whole, tmp_path / "resumed")
@@ -294,6 +353,36 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(whole, in_process, tm
     rows = untimed(whole)
     assert untimed(resumed) == rows
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 5]
+
+
+def test_a_resumed_run_keeps_its_template_and_notices_other_data(
+    composed, in_process, tmp_path, path
+):
+    """The template's file may change and go; one that is named again is read."""
+    file, chats = tmp_path / "own.jinja", tmp_path / "chats.jsonl"
+    tokenizer = make_tokenizer(training.typed(composed()).tokenizer)
+    file.write_text(named_template("plain", tokenizer, "data.template").source)
+    chats.write_text(path.read_text())
+    places = f"data.template={file}", f"data.path={chats}", f"run_folder={tmp_path}/run"
+    training.start(
+        composed(
+            *places,
+            "trainer.num_steps=2",
+            "trainer.save_every=1",
+            "trainer.keep_last=2",
+        )
+    )
+    run = tmp_path / "run"
+    saved_at_2 = saved(run, 2)
+    file.unlink()
+    shutil.rmtree(run / "checkpoints" / "2")
+    training.resume(f"{run}@1", {})
+    assert changed(saved_at_2, saved(run, 2)) == set()
+    with pytest.raises(FileNotFoundError, match=r"^data\.template='.*' is not a file$"):
+        training.resume(f"{run}@1", {"data.template": str(file)})
+    chats.write_text(path.read_text() * 2)
+    with pytest.raises(ValueError, match=r"the data of .* has changed since"):
+        training.resume(f"{run}@2", {"trainer.num_steps": 3})
 
 
 def test_adapters_alone_are_trained(whole):
