@@ -270,3 +270,18 @@ def test_a_reward_that_can_judge_nothing_is_refused(reward, record, message):
     setup.trainer.rewards = (reward,)
     with pytest.raises(ValueError, match=message):
         grpo._check_rewards(make_prompt(record, 0, setup), setup)
+
+
+@pytest.mark.parametrize(
+    ("reward", "warns"), [("exact_match", True), ("countdown", False)]
+)
+def test_a_reward_that_the_data_s_own_completion_misses_is_told_of(
+    reward, warns, caplog
+):
+    record = {"prompt": "3 4 -> 7: ", "completion": "3+4", "answer": "7"}
+    setup = setup_of()
+    setup.trainer.rewards, setup.trainer.outcome_index = (reward,), 0
+    prompt = make_prompt(record | {"numbers": [3, 4], "target": 7}, 0, setup)
+    grpo._check_rewards(prompt, setup)
+    told = [line for line in caplog.messages if f"{reward} gives 0.0 to" in line]
+    assert len(told) == warns
