@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 T = TypeVar("T")
 
@@ -35,6 +39,9 @@ def to_dataclass(cls: type[T], node: DictConfig | Mapping[str, Any], path: str) 
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"{prefix}{key} is no key of the config; {hint}") from None
+    except MissingMandatoryValue as error:
+        where = f"{prefix}{error.key}"
+        raise ValueError(f"{where} has no value; give {where}=...") from None
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         where = key if key.startswith(prefix) else f"{prefix}{key}"
