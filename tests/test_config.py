@@ -114,7 +114,9 @@ def test_a_value_left_open_is_named():
 
 def test_a_value_left_open_is_named_in_a_composed_config():
     config = OmegaConf.create({"garden": GARDEN | {"name": "???"}})
-    with pytest.raises(ValueError, match=r"^garden\.name has no value; give garden\.name=\.\.\.$"):
+    with pytest.raises(
+        ValueError, match=r"^garden\.name has no value; give garden\.name=\.\.\.$"
+    ):
         to_dataclass(Garden, config.garden, "garden")
 
 

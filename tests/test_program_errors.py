@@ -116,7 +116,7 @@ def test_a_misspelt_key_inside_an_experiment(train, tmp_path, text, expected):
         ),
         (
             ["trainer.num_steps=50", "trainer.context=8"],
-            r"optimizer\.warmup_steps=50 must be less than trainer\.num_steps=50",
+            r"optimizer\.warmup_steps=50 must be less than trainer\.num_steps=50; lower it, or train for longer",
         ),
         (
             ["mesh=fsdp", "runtime.host_devices=3"],

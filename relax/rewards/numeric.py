@@ -1,7 +1,8 @@
 """Numbers in texts, read and compared exactly."""
 
-import re
 from fractions import Fraction
+
+import regex as re  # the standard library's misreads these patterns before 3.11.5
 
 from relax.rewards.samples import Sample, tagged_answer
 
