@@ -116,7 +116,7 @@ def test_a_misspelt_key_inside_an_experiment(train, tmp_path, text, expected):
         ),
         (
             ["trainer.num_steps=50", "trainer.context=8"],
-            r"optimizer\.warmup_steps=50 must be less than trainer\.num_steps=50; lower it, or train for longer",
+            r"optimizer\.warmup_steps=50 must be less than trainer\.num_steps=50; .*",
         ),
         (
             ["mesh=fsdp", "runtime.host_devices=3"],
@@ -314,7 +314,7 @@ MISTAKES = {
     ),
     "tasks of ARC without a path": (
         *(not LOADS, ["task=arc", "output_path={}/arc"]),
-        r"task\.path: .*[Mm]issing.*",
+        r"task\.path has no value; give task\.path=\.\.\.",
     ),
     "tasks of ARC without an output": (
         *(not LOADS, ["task=arc", "task.path={}"]),
