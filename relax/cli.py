@@ -14,7 +14,7 @@ def exit_on_error(function: Callable[[], None], kept: str = "") -> None:
 
     A ValueError, an OSError or a missing package is the user's to mend: its message is
     logged in one line (hydra.verbose=relax shows where it came from) and the code is 1.
-    A run that a signal stopped, its state saved or not, ends with 128 plus the signal's
+    A run that a signal stopped, its state saved, ends with 128 plus the signal's
     number. `kept`: what an interrupt leaves as it was, in words. Any other exception is
     ours, and is raised.
     """
@@ -29,10 +29,8 @@ def exit_on_error(function: Callable[[], None], kept: str = "") -> None:
         logger.error("%s", line.encode("utf-8", "backslashreplace").decode())
         logger.debug("raised here:", exc_info=True)
         sys.exit(1)
-    except Interrupted as interrupted:
-        kept = kept if interrupted.has_checkpoint else ""
-        logger.warning("%s", "; ".join(filter(None, ("interrupted", kept))))
-        sys.exit(interrupted.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Interrupted) and not interrupt.has_checkpoint:
+            kept = ""
         logger.warning("%s", "; ".join(filter(None, ("interrupted", kept))))
         sys.exit(130)

@@ -67,9 +67,9 @@ def load_prompts(config: PromptsConfig) -> Records:
 
     Answers are texts, numbers of the file as JSON writes them. A prompt and its
     completion are both texts or both messages: where the file has one of each, the text
-    becomes what the user says, or the assistant; `tools` beside messages become a list.
-    Raises FileNotFoundError, or
-    ValueError with the record that lacks a column, or holds something else there.
+    becomes what the user says, or the assistant; `tools` beside messages become a
+    list. Raises FileNotFoundError, or ValueError with the record that lacks a
+    column, or holds something else there.
     """
     path, validation_path = _paths(config)
     train: Sequence[Record] = _read(path, "data.path", config)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from relax.data.records import Record, Records
+from relax.data.records import Records
 from relax.generation.requests import Completion, Request
 from relax.rewards import RewardScorer, Sample
 from relax.trainers.config import Setup
@@ -38,21 +38,8 @@ def held_out_prompts(
     skip_long: without those that are too long. Raises ValueError where there are none,
     or one is too long; errors count records from the first of training's.
     """
-    held_out, first = records.validation, len(records.train)
-    if not len(held_out):
-        raise ValueError(
-            f"trainer.eval_prompts={count}, and the data holds no validation records; "
-            "hold some out, or set trainer.eval_prompts=0"
-        )
-    prompts = []
-    for index in range(len(held_out)):
-        try:
-            prompts.append(_held_out_prompt(setup, held_out[index], first + index))
-        except LengthError:
-            if not skip_long:
-                raise
-        if len(prompts) == count:
-            break
+    skipped = LengthError if skip_long else ()
+    prompts, _ = _take(setup, records, count, skipped)
     if not prompts:
         raise ValueError(
             f"trainer.eval_prompts={count}, and no validation record has a prompt that "
@@ -64,17 +51,10 @@ def held_out_prompts(
 def prompts_that_fit(setup: Setup, records: Records, count: int) -> list[Prompt]:
     """Returns the first `count` prompts of held-out records, of those that fit.
 
-    How many records were passed over, and why the first, is logged.
+    How many records were passed over, and why the first, is logged. Raises ValueError
+    where no records are held out.
     """
-    held_out, first = records.validation, len(records.train)
-    prompts, reasons = [], []
-    for index in range(len(held_out)):
-        try:
-            prompts.append(_held_out_prompt(setup, held_out[index], first + index))
-        except ValueError as error:
-            reasons.append(error)
-        if len(prompts) == count:
-            break
+    prompts, reasons = _take(setup, records, count, ValueError)
     if reasons:
         logger.warning(
             "data: %d of the first %d held-out records are not completed: %s",
@@ -85,10 +65,28 @@ def prompts_that_fit(setup: Setup, records: Records, count: int) -> list[Prompt]
     return prompts
 
 
-def _held_out_prompt(setup: Setup, record: Record, index: int) -> Prompt:
-    prompt = make_prompt(record, index, setup)
-    check_length(prompt, index, setup, "model.max_position_embeddings")
-    return prompt
+def _take(
+    setup: Setup, records: Records, count: int, skipped
+) -> tuple[list[Prompt], list[ValueError]]:
+    """Returns `count` held-out prompts, and the `skipped` errors of those before."""
+    held_out, first = records.validation, len(records.train)
+    if not len(held_out):
+        raise ValueError(
+            f"trainer.eval_prompts={count}, and the data holds no validation records; "
+            "hold some out, or set trainer.eval_prompts=0"
+        )
+    prompts: list[Prompt] = []
+    reasons: list[ValueError] = []
+    for index in range(len(held_out)):
+        try:
+            prompt = make_prompt(held_out[index], first + index, setup)
+            check_length(prompt, first + index, setup, "model.max_position_embeddings")
+            prompts.append(prompt)
+        except skipped as error:
+            reasons.append(error)
+        if len(prompts) == count:
+            break
+    return prompts, reasons
 
 
 def completion_metrics(setup: Setup) -> tuple[str, ...]:

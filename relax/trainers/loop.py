@@ -42,9 +42,8 @@ class Interrupted(KeyboardInterrupt):
     No Exception: what is interrupted must not take it for its own.
     """
 
-    def __init__(self, signal_number: int, has_checkpoint: bool):
+    def __init__(self, has_checkpoint: bool):
         super().__init__()
-        self.exit_code = 128 + signal_number
         self.has_checkpoint = has_checkpoint
 
 
@@ -311,7 +310,7 @@ class Loop:
 
         def request(number, frame):
             if self._stop_signal is not None and number == signal.SIGINT:
-                raise Interrupted(number, self._checkpoints.latest_step() is not None)
+                raise Interrupted(self._checkpoints.latest_step() is not None)
             self._stop_signal = number
             self._tracker.message("stopping after this step (Ctrl-C again: at once)")
 

@@ -272,10 +272,9 @@ def _cut(batch: Arrays) -> Arrays:
     Rows and completions are cut to as many eighths of their full width: a step is
     compiled for eight shapes at most.
     """
-    completions = batch["completion_mask"].sum(axis=1).max()
-    rows = (batch["prompt_lengths"] + batch["completion_mask"].sum(axis=1)).max()
+    lengths = batch["completion_mask"].sum(axis=1)
+    used = int((batch["prompt_lengths"] + lengths).max()), int(lengths.max())
     widths = batch["tokens"].shape[1], batch["completion_mask"].shape[1]
-    used = (int(rows), int(completions))
     eighths = max(1, *(-(-8 * n // w) for n, w in zip(used, widths, strict=True)))
     whole, longest = (-(-w * eighths // 8) for w in widths)
 

@@ -19,7 +19,6 @@ from relax.trainers.common import check_sizes, make_validation, optimisation
 from relax.trainers.config import Setup, check_seed
 from relax.trainers.evaluation import (
     completion_metrics,
-    held_out_prompts,
     make_completion_evaluation,
     prompts_that_fit,
 )
@@ -137,13 +136,12 @@ def _make_completion(setup: Setup, records: Records):
 
 def _held_out(setup: Setup, records: Records) -> list[Prompt]:
     """Returns the held-out prompts to complete; logs where there are none."""
-    count, held_out = setup.trainer.eval_prompts, records.validation
-    if not len(held_out):
-        return held_out_prompts(setup, records, count)  # raises
-    if not any(asks(held_out[index]) for index in range(len(held_out))):
+    held_out = records.validation
+    asking = (asks(held_out[index]) for index in range(len(held_out)))
+    if len(held_out) and not any(asking):
         logger.info("data: plain texts ask nothing, so no prompts are completed")
         return []
-    return prompts_that_fit(setup, records, count)
+    return prompts_that_fit(setup, records, setup.trainer.eval_prompts)
 
 
 def _make_evaluate(setup: Setup, records: Records, loss_fn, complete):
